@@ -1,0 +1,34 @@
+"""Options that several commands share, one named decorator each."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from gemma_pack.console import Console
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+
+def with_console(command: F) -> F:
+    """Give a command `--format` and `--quiet`, and pass it the console built from them as `console`."""
+
+    @click.option(
+        "--format",
+        "output_format",
+        type=click.Choice(["human", "json"]),
+        default="human",
+        help="How to print the result.",
+    )
+    @click.option("-q", "--quiet", is_flag=True, help="Print the result only.")
+    @functools.wraps(command)
+    def wrapper(*args: Any, output_format: str, quiet: bool, **kwargs: Any) -> Any:  # noqa: ANN401 - click's own
+        console = Console("json" if output_format == "json" else "quiet" if quiet else "human")
+        return command(*args, console=console, **kwargs)
+
+    return wrapper  # type: ignore[return-value]

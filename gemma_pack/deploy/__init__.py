@@ -1,0 +1,1 @@
+"""What each server needs to serve an image, written from its record: one target a file."""

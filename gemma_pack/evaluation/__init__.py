@@ -1,0 +1,1 @@
+"""What quantization cost: likelihood, divergence, generation parity, and the verdict on them."""

@@ -1,0 +1,164 @@
+"""gemma-pack.json: what was done to a checkpoint, from which bytes, and how it was proved.
+
+The record travels in the checkpoint and each stage adds its part. Model card, labels, SBOM and
+provenance are generated from it, never typed. It holds nothing that differs between two identical runs
+(no dates, durations or host names), so the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gemma_pack import __version__
+from gemma_pack.checkpoint import RECORD_NAME, write_atomic
+from gemma_pack.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileDigest(_Part):
+    """One file: its path inside the checkpoint, sha256 in hex and size."""
+
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+class SourceRecord(_Part):
+    """Where the bf16 weights came from."""
+
+    kind: Literal["hub", "directory", "demo"]
+    model_id: str
+    """The hub id; for a directory its name; for the demo model the hub id of the model it was converted from."""
+    revision: str | None = None
+    """The hub commit, 40 hex digits; None where there is none."""
+    files: tuple[FileDigest, ...]
+    license: str = "gemma"
+    note: str | None = None
+    """What a reader must know about the base, such as that it is a dequantized GGUF."""
+
+
+class TextRecord(_Part):
+    """The text that calibrated or judged a variant, and the windows cut from it."""
+
+    spec: str
+    """As given: `builtin`, a file's name, or a hub dataset."""
+    sha256: str
+    """Of the token ids of all windows, little-endian int32."""
+    windows: int
+    sequence_length: int
+    seed: int
+
+
+class UntouchedProof(_Part):
+    """The tensors that no recipe named are byte-identical to the source.
+
+    `sha256` is over a line "name sha256" for each untouched tensor, sorted by name: the same before and after.
+    """
+
+    changed: tuple[str, ...]
+    """Names, in the source, of the tensors that the recipe may change; they were replaced by packed forms."""
+    untouched: int
+    sha256: str
+
+
+class QuantizationRecord(_Part):
+    """What was quantized, how, with what, and the proof about the rest."""
+
+    recipe: str
+    recipe_sha256: str
+    scheme: str
+    """In a few words, for people: `int4 weights in groups of 128`."""
+    algorithm: str
+    format: Literal["compressed-tensors", "bitsandbytes"] = "compressed-tensors"
+    calibration: TextRecord | None = None
+    seed: int
+    device: str
+    versions: dict[str, str]
+    """Versions of the libraries that shaped the bytes."""
+    untouched: UntouchedProof
+    base_size_bytes: int
+    size_bytes: int
+    """Tensor bytes of the base and of this variant."""
+
+
+class Metric(_Part):
+    """One judged number: its estimate, its bound (one-sided 95 %) and the margin that the gate allows."""
+
+    name: str
+    value: float
+    bound: float | None = None
+    margin: float | None = None
+    verdict: Literal["pass", "fail", "undecided", "not judged"] = "not judged"
+    unit: str = ""
+
+
+class ValidationRecord(_Part):
+    """The verdict, the numbers it rests on, and the digest of the whole report."""
+
+    verdict: Literal["pass", "fail", "undecided"]
+    report_sha256: str
+    engine: str
+    profile: str
+    evaluation: TextRecord
+    metrics: tuple[Metric, ...]
+
+
+class Record(_Part):
+    """All of gemma-pack.json."""
+
+    schema_version: Literal[1] = 1
+    gemma_pack_version: str = __version__
+    source: SourceRecord
+    quantization: QuantizationRecord | None = None
+    validation: ValidationRecord | None = None
+
+    def digest(self) -> str:
+        """Return the sha256 of the record as it is written."""
+        return hashlib.sha256(self.encode()).hexdigest()
+
+    def encode(self) -> bytes:
+        """Return the bytes of gemma-pack.json."""
+        return (self.model_dump_json(indent=2, exclude_none=True) + "\n").encode()
+
+    def write(self, directory: Path) -> None:
+        """Write gemma-pack.json into `directory`, replacing it in one step."""
+        write_atomic(directory / RECORD_NAME, self.encode())
+
+
+def read_record(directory: Path) -> Record | None:
+    """Return the record in `directory`, or None where there is none.
+
+    Raises:
+        CheckpointError: there is one, but it is broken or of a version this gemma-pack does not know.
+    """
+    path = directory / RECORD_NAME
+    try:
+        return Record.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "top level"
+        raise CheckpointError(
+            f"{path} is no valid record: {place}: {first['msg']}",
+            hint="make the variant again, or use the gemma-pack version that wrote it",
+        ) from error
+
+
+def require_record(directory: Path) -> Record:
+    """Return the record in `directory`; raise CheckpointError where there is none."""
+    record = read_record(directory)
+    if record is None:
+        raise CheckpointError(
+            f"{directory} has no {RECORD_NAME}", hint="pass a directory that gemma-pack quantize wrote"
+        )
+    return record

@@ -1,0 +1,1 @@
+"""One report.json rendered for people, and the model card written from the record."""
