@@ -1,0 +1,161 @@
+"""All that is particular to the Gemma family: which members are supported, where their decoder lies in a checkpoint,
+which layers are fused when served, which attention kernel is right, and what a token costs in KV cache.
+
+Everything is read from config.json and tensor names, so nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from gemma_pack.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+FUSED_GROUPS: Final = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""The linear layers of a decoder layer by distinct input. vLLM fuses each group into one matrix
+(`packed_modules_mapping` of its Gemma2ForCausalLM and Gemma3ForCausalLM), so a group is quantized one way."""
+
+_BLOCK_OF: Final = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn"),
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A supported member: its name for people and how it attends."""
+
+    name: str
+    attention: str
+    """The kernel for transformers. Gemma 2 soft-caps attention logits, which its SDPA path does not do
+    (transformers refuses it), so both sides of any comparison run eager."""
+
+
+_FAMILIES: Final = {
+    "gemma2": Family("Gemma 2", "eager"),
+    "gemma3_text": Family("Gemma 3", "sdpa"),
+    "gemma3": Family("Gemma 3 with vision", "sdpa"),
+}
+_KNOWN_UNSUPPORTED: Final = {
+    "gemma": "Gemma 1",
+    "gemma3n": "Gemma 3n",
+    "gemma4": "Gemma 4",
+    "gemma4_text": "Gemma 4",
+    "gemma4_unified": "Gemma 4",
+    "paligemma": "PaliGemma",
+    "recurrent_gemma": "RecurrentGemma",
+    "t5gemma": "T5Gemma",
+    "t5gemma2": "T5Gemma 2",
+    "vaultgemma": "VaultGemma",
+    "diffusion_gemma": "DiffusionGemma",
+}
+
+
+def require_supported(config: Mapping[str, Any]) -> Family:
+    """Return the family of a checkpoint's config.json.
+
+    Raises:
+        CheckpointError: not a Gemma, a Gemma that is not supported, already quantized, or float16.
+    """
+    model_type = config.get("model_type")
+    supported = f"supported are {', '.join(family.name for family in _FAMILIES.values())}"
+    if model_type in _KNOWN_UNSUPPORTED:
+        raise CheckpointError(f"{_KNOWN_UNSUPPORTED[str(model_type)]} is not supported yet", hint=supported)
+    if model_type not in _FAMILIES:
+        raise CheckpointError(f"this is not a Gemma: config.json says model_type {model_type!r}", hint=supported)
+    if "quantization_config" in config:
+        raise CheckpointError(
+            "the checkpoint is quantized already: config.json has a quantization_config",
+            hint="start from the bf16 checkpoint of the model",
+        )
+    require_bfloat16(config)
+    return _FAMILIES[str(model_type)]
+
+
+def require_bfloat16(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if config.json asks for a dtype that Gemma does not survive.
+
+    Gemma's activations pass 65504, the largest float16 (vLLM refuses it: `_FLOAT16_NOT_SUPPORTED_MODELS`).
+    """
+    text = text_config(config)
+    dtype = text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
+    if dtype in ("float16", "half", "fp16"):
+        raise CheckpointError(
+            "the checkpoint is float16, and Gemma's activations overflow it", hint="use the bfloat16 checkpoint"
+        )
+    if dtype not in (None, "bfloat16"):
+        raise CheckpointError(f"the checkpoint is {dtype}, not bfloat16", hint="use the bfloat16 checkpoint")
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of config.json that describes the decoder."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
+def attention_implementation(config: Mapping[str, Any]) -> str:
+    """Return the attention kernel that transformers must use for this model."""
+    return _FAMILIES[str(config["model_type"])].attention
+
+
+def decoder_prefix(names: Iterable[str]) -> str:
+    """Return what stands before `layers.0.…` and `embed_tokens.weight` in the decoder's tensor names.
+
+    `model.` for text models; `language_model.model.` or `model.language_model.` beside a vision tower.
+
+    Raises:
+        CheckpointError: there is no embedding, or more than one decoder.
+    """
+    found = {name.removesuffix("embed_tokens.weight") for name in names if name.endswith("embed_tokens.weight")}
+    if len(found) != 1:
+        raise CheckpointError(
+            f"expected one embed_tokens.weight in the checkpoint, found {len(found)}",
+            hint="fetch the checkpoint again; adapters and partial exports cannot be quantized",
+        )
+    return found.pop()
+
+
+def decoder_linears(config: Mapping[str, Any], prefix: str) -> list[list[list[str]]]:
+    """Return the linear layers' module names: for each decoder layer, for each distinct input, the modules on it."""
+    return [
+        [[f"{prefix}layers.{layer}.{_BLOCK_OF[module]}.{module}" for module in group] for group in FUSED_GROUPS]
+        for layer in range(text_config(config)["num_hidden_layers"])
+    ]
+
+
+def layer_types(config: Mapping[str, Any]) -> list[str]:
+    """Return `sliding_attention` or `full_attention` for each decoder layer.
+
+    Where config.json does not list them: Gemma 2 alternates beginning with sliding, Gemma 3 has one full layer
+    in `sliding_window_pattern` (transformers, `Gemma2Config` and `Gemma3TextConfig`).
+    """
+    text = text_config(config)
+    if text.get("layer_types"):
+        return list(text["layer_types"])
+    pattern = 2 if text["model_type"] == "gemma2" else text.get("sliding_window_pattern") or 6
+    return [
+        "sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(text["num_hidden_layers"])
+    ]
+
+
+def kv_cache_bytes(config: Mapping[str, Any], tokens: int, bytes_per_value: int = 2) -> int:
+    """Return the bytes of KV cache for one sequence of `tokens` tokens; sliding layers keep one window.
+
+    2 · kv_heads · head_dim · bytes · (full layers · L + sliding layers · min(L, window)).
+    """
+    text = text_config(config)
+    heads, dim = text["num_key_value_heads"], text.get("head_dim", 256)
+    kinds = layer_types(config)
+    sliding = sum(kind == "sliding_attention" for kind in kinds)
+    window = text.get("sliding_window") or tokens
+    kept_tokens = (len(kinds) - sliding) * tokens + sliding * min(tokens, window)
+    return int(2 * heads * dim * bytes_per_value * kept_tokens)
+
+
+def is_embedding_or_head(name: str) -> bool:
+    """Say whether a module or tensor name is the (tied) embedding or the head."""
+    return re.search(r"(^|\.)(embed_tokens|lm_head)(\.weight)?$", name) is not None
