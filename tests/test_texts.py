@@ -1,0 +1,243 @@
+"""Windows of text: one <bos> each, disjoint, chosen by the seed, and every refusal a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gemma_pack.errors import CheckpointError, OfflineError, TextError
+from gemma_pack.texts import builtin_halves, load_windows
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a small tokenizer of Gemma's kind: BPE with byte fallback, `▁` for space, <bos> added by default."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
+
+    tok = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))  # noqa: S106 - a token's name
+    tok.normalizer = normalizers.Replace(" ", "▁")
+    tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    byte_tokens = [f"<0x{b:02X}>" for b in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=[*special, *byte_tokens], show_progress=False)
+    tok.train_from_iterator(builtin_halves()[0][:3], trainer)
+    state = json.loads(tok.to_str())
+    state["added_tokens"] = [t for t in state["added_tokens"] if not t["content"].startswith("<0x")]
+    tok = Tokenizer.from_str(json.dumps(state))
+    tok.add_special_tokens([AddedToken(name, special=True) for name in special])
+    tok.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    directory = tmp_path_factory.mktemp("tokenizer")
+    tok.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "chat_template": TEMPLATE,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+class Heard:
+    """A reporter that remembers its warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def test_builtin_windows_start_with_one_bos_and_are_reproducible(tokenizer: Path) -> None:
+    first = load_windows("builtin", "calibration", tokenizer, samples=8, sequence_length=64, seed=1)
+    again = load_windows("builtin", "calibration", tokenizer, samples=8, sequence_length=64, seed=1)
+    other = load_windows("builtin", "calibration", tokenizer, samples=8, sequence_length=64, seed=2)
+    assert first.ids.shape == (8, 64)
+    assert first.ids.dtype == np.int32
+    assert (first.ids[:, 0] == 2).all()
+    assert (first.ids == 2).sum() == 8
+    assert first.record == again.record
+    assert first.record.sha256 != other.record.sha256
+    assert first.record.windows == first.asked == 8
+
+
+def test_fewer_windows_are_a_subset_of_more(tokenizer: Path) -> None:
+    few = load_windows("builtin", "evaluation", tokenizer, samples=4, sequence_length=64, seed=5)
+    more = load_windows("builtin", "evaluation", tokenizer, samples=9, sequence_length=64, seed=5)
+    assert {tuple(row) for row in few.ids.tolist()} < {tuple(row) for row in more.ids.tolist()}
+
+
+def test_the_two_halves_of_the_builtin_text_share_no_paragraph_and_are_of_one_size() -> None:
+    calibration, evaluation = builtin_halves()
+    paragraphs = [{p.strip() for text in half for p in text.split("\n\n")} for half in (calibration, evaluation)]
+    assert not paragraphs[0] & paragraphs[1]
+    sizes = [sum(map(len, half)) for half in (calibration, evaluation)]
+    assert abs(sizes[0] - sizes[1]) < 0.02 * sum(sizes)
+    assert min(sizes) > 100_000
+
+
+def test_no_window_of_one_half_is_in_the_other(tokenizer: Path) -> None:
+    halves = [
+        load_windows("builtin", purpose, tokenizer, samples=10_000, sequence_length=64, seed=0)
+        for purpose in ("calibration", "evaluation")
+    ]
+    rows = [{tuple(row) for row in half.ids.tolist()} for half in halves]
+    assert not rows[0] & rows[1], "a window of the calibration half is in the evaluation half"
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(text=st.text(min_size=1).filter(str.strip))
+def test_bytes_of_the_windows_are_the_bytes_of_the_text(tokenizer: Path, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "prose.txt"
+    path.write_bytes(text.encode("utf-8", "ignore") + b"\n\nand a tail that fills the window")
+    written = path.read_text("utf-8")
+    windows = load_windows(str(path), "evaluation", tokenizer, samples=10**6, sequence_length=2, seed=0)
+    assert windows.text_bytes.sum() == len(written.encode())
+    assert (windows.ids[:, 0] == 2).all()
+    assert (windows.ids[:, 1] != 2).all()
+
+
+def test_a_special_token_spelled_out_in_prose_is_plain_text(tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prose.txt"
+    path.write_text("Some say <bos> and mean it. <end_of_turn> too. " * 10)
+    windows = load_windows(str(path), "evaluation", tokenizer, samples=4, sequence_length=16, seed=0)
+    assert (windows.ids[:, 1:] == 2).sum() == 0
+    assert (windows.ids == 5).sum() == 0
+
+
+def test_lines_of_text_are_joined_by_blank_lines(tokenizer: Path, tmp_path: Path) -> None:
+    lines, joined = tmp_path / "lines.jsonl", tmp_path / "joined.txt"
+    pieces = [f"Piece {i} has a line separator \u2028 in it." for i in range(30)]
+    lines.write_text("\n".join(json.dumps({"text": piece}, ensure_ascii=False) for piece in pieces), "utf-8")
+    joined.write_text("\n\n".join(pieces), "utf-8")
+    of_lines, of_text = (
+        load_windows(str(path), "calibration", tokenizer, samples=5, sequence_length=32, seed=0)
+        for path in (lines, joined)
+    )
+    assert of_lines.record.sha256 == of_text.record.sha256
+
+
+def test_chats_are_rendered_by_the_template_and_have_one_bos(tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    turn = [{"role": "user", "content": "What is a generator?"}, {"role": "model", "content": "A function. <bos>"}]
+    path.write_text("\n".join(json.dumps({"messages": turn}) for _ in range(20)))
+    windows = load_windows(str(path), "calibration", tokenizer, samples=6, sequence_length=40, seed=0)
+    assert windows.ids.shape == (6, 40)
+    assert (windows.ids == 2).sum() == 6
+    assert (windows.ids == 4).sum() >= 6  # <start_of_turn> stays a special token
+    assert list(windows.ids[0, :2]) == [2, 4]
+
+
+def test_a_chat_that_the_template_refuses_is_named(tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "system", "content": "Be brief."}]}))
+    with pytest.raises(TextError, match=r"conversation 1 of chats.jsonl .*System role") as caught:
+        load_windows(str(path), "calibration", tokenizer, samples=1, sequence_length=16, seed=0)
+    assert caught.value.hint
+
+
+def test_fewer_windows_than_asked_are_a_warning_and_recorded(tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("Only a little text, but enough for a window or two. " * 4)
+    heard = Heard()
+    windows = load_windows(str(path), "evaluation", tokenizer, samples=512, sequence_length=32, seed=0, reporter=heard)  # type: ignore[arg-type]
+    assert windows.asked == 512
+    assert windows.record.windows == len(windows.ids) < 512
+    assert str(len(windows.ids)) in heard.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("empty.txt", "", "empty.txt holds no text"),
+        ("blank.txt", " \n\n ", "blank.txt holds no text"),
+        ("empty.jsonl", "\n", "empty.jsonl holds no text"),
+        ("tiny.txt", "Hi.", "too few for one window"),
+        ("broken.jsonl", '{"text": "a"}\n{"text"', r"broken.jsonl:2: not JSON"),
+        ("odd.jsonl", '{"prompt": "a"}', r"odd.jsonl:1: neither a text nor a chat"),
+        ("list.jsonl", '["a"]', r"list.jsonl:1: neither a text nor a chat"),
+        ("chat.jsonl", '{"messages": [{"role": "user"}]}', r"chat.jsonl:1: neither a text nor a chat"),
+        ("mixed.jsonl", '{"text": "a"}\n{"messages": [{"role": "user", "content": "b"}]}', "mixes"),
+        ("table.csv", "a,b", "neither a .txt nor a .jsonl"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused(
+    tokenizer: Path, tmp_path: Path, name: str, content: str, sentence: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(TextError, match=sentence):
+        load_windows(str(tmp_path / name), "calibration", tokenizer, samples=1, sequence_length=16, seed=0)
+
+
+def test_a_missing_file_is_no_hub_dataset(tokenizer: Path) -> None:
+    with pytest.raises(TextError, match="there is no file"):
+        load_windows("corpora/missing.txt", "calibration", tokenizer, samples=1, sequence_length=16, seed=0)
+
+
+def test_latin_1_is_refused_with_the_place(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "old.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(TextError, match="not UTF-8: byte 3 is 0xe9"):
+        load_windows(str(tmp_path / "old.txt"), "calibration", tokenizer, samples=1, sequence_length=16, seed=0)
+
+
+def test_an_unknown_name_lists_what_a_text_can_be(tokenizer: Path) -> None:
+    with pytest.raises(TextError, match="no text named wikitext") as caught:
+        load_windows("wikitext", "evaluation", tokenizer, samples=1, sequence_length=16, seed=0)
+    assert "builtin" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("purpose", "remedy"), [("calibration", "--calibration builtin"), ("evaluation", "--text builtin")]
+)
+def test_a_dataset_out_of_reach_names_the_remedy_and_is_not_swapped(
+    tokenizer: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, purpose: str, remedy: str
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(OfflineError, match="out of reach") as caught:
+        load_windows(
+            "nobody/nothing", purpose, tokenizer, samples=1, sequence_length=16, seed=0, offline=True  # type: ignore[arg-type]
+        )  # fmt: skip
+    assert remedy in (caught.value.hint or "")
+    assert caught.value.exit_code == 14
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        load_windows("builtin", "calibration", tmp_path, samples=1, sequence_length=16, seed=0)
+
+
+def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no valid tokenizer"):
+        load_windows("builtin", "calibration", tmp_path, samples=1, sequence_length=16, seed=0)
+
+
+def test_plain_text_needs_no_torch(tokenizer: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from gemma_pack.texts import load_windows\n"
+        f"load_windows('builtin', 'calibration', Path({str(tokenizer)!r}), samples=2, sequence_length=16, seed=0)\n"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], env={**os.environ}, check=False)
+    assert result.returncode == 0
