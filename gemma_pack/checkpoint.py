@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from gemma_pack.errors import CheckpointError, InvalidUsageError
+from gemma_pack.console import format_bytes
+from gemma_pack.errors import CheckpointError, InvalidUsageError, MachineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -59,6 +60,15 @@ class TensorInfo:
     def parameters(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    def read(self) -> bytes:
+        """Return the raw little-endian bytes of the tensor."""
+        with self.file.open("rb") as stream:
+            stream.seek(self.begin)
+            data = stream.read(self.size_bytes)
+        if len(data) != self.size_bytes:
+            raise CheckpointError(f"{self.file} ended in the middle of {self.name}", hint="fetch the checkpoint again")
+        return data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,16 +113,6 @@ class Checkpoint:
     def shards(self) -> list[Path]:
         """The safetensors files, sorted by name."""
         return sorted({info.file for info in self.tensors.values()})
-
-    def read(self, name: str) -> bytes:
-        """Return the raw little-endian bytes of tensor `name`."""
-        info = self.tensors[name]
-        with info.file.open("rb") as stream:
-            stream.seek(info.begin)
-            data = stream.read(info.size_bytes)
-        if len(data) != info.size_bytes:
-            raise CheckpointError(f"{info.file} ended in the middle of {name}", hint="fetch the checkpoint again")
-        return data
 
     def digest(self, name: str) -> str:
         """Return the sha256, in hex, of the raw bytes of tensor `name`, holding at most 8 MiB of them."""
@@ -251,6 +251,17 @@ def staged_directory(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def require_space(target: Path, size_bytes: int) -> None:
+    """Raise MachineError unless the disk that will hold `target` has `size_bytes` free."""
+    existing = next(place for place in (target, *target.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size_bytes:
+        raise MachineError(
+            f"{target} needs {format_bytes(size_bytes)} and the disk has {format_bytes(free)} free",
+            hint="free some space, or choose a directory on another disk with -o",
+        )
 
 
 def refuse_existing(target: Path) -> None:

@@ -1,5 +1,7 @@
-"""All that is particular to the Gemma family: which members are supported, where their decoder lies in a checkpoint,
-which layers are fused when served, which attention kernel is right, and what a token costs in KV cache.
+"""All that is particular to the Gemma family.
+
+Which members are supported, where their decoder lies in a checkpoint, which of its layers a server fuses,
+which attention kernel is right, and what a token costs in KV cache.
 
 Everything is read from config.json and tensor names, so nothing here needs torch.
 """

@@ -124,15 +124,19 @@ def load_recipe(name_or_path: str) -> Recipe:
     Raises:
         RecipeError: unknown name (with the closest one as hint), unreadable file or invalid recipe.
     """
-    if "/" in name_or_path or os.sep in name_or_path or name_or_path.endswith((".yaml", ".yml")):
-        path = Path(name_or_path)
-        try:
-            return parse_recipe(path.read_text("utf-8"), origin=str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(
-                f"cannot read the recipe {path}: {error}", hint="gemma-pack recipes lists the shipped ones"
-            ) from error
-    return parse_recipe(shipped_text(name_or_path), origin=f"{name_or_path}.yaml")
+    origin = name_or_path if _is_path(name_or_path) else f"{name_or_path}.yaml"
+    return parse_recipe(recipe_text(name_or_path), origin=origin)
+
+
+def recipe_text(name_or_path: str) -> str:
+    """Return the YAML of the shipped recipe of that name, or of the file; raise RecipeError like `load_recipe`."""
+    if not _is_path(name_or_path):
+        return shipped_text(name_or_path)
+    try:
+        return Path(name_or_path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        hint = "gemma-pack recipes lists the shipped ones"
+        raise RecipeError(f"cannot read the recipe {name_or_path}: {error}", hint=hint) from error
 
 
 def shipped_text(name: str) -> str:
@@ -196,6 +200,10 @@ def _line(node: yaml.Node | None, location: tuple[int | str, ...]) -> int:
         else:
             break
     return line + 1
+
+
+def _is_path(name_or_path: str) -> bool:
+    return "/" in name_or_path or os.sep in name_or_path or name_or_path.endswith((".yaml", ".yml"))
 
 
 def _shipped() -> Any:  # noqa: ANN401 - importlib's Traversable or a Path

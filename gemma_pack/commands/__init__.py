@@ -18,7 +18,10 @@ from gemma_pack import __version__
 from gemma_pack.console import Console
 from gemma_pack.errors import GemmaPackError, MachineError
 
-VERBS: Final[tuple[str, ...]] = ()
+VERBS: Final[tuple[str, ...]] = (
+    "recipes",
+    "quantize",
+)
 """In the order of the work. Each is a module here, with the click command in a variable `command`."""
 
 

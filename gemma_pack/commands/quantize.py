@@ -1,0 +1,116 @@
+"""`gemma-pack quantize`: a checkpoint and a recipe become a variant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gemma_pack.commands.options import with_console
+from gemma_pack.console import format_bytes, table
+from gemma_pack.errors import InvalidUsageError
+
+if TYPE_CHECKING:
+    from gemma_pack.console import Console
+
+DEFAULT_MODEL = "google/gemma-2-9b-it"
+PROJECT_FILE = Path("gemma-pack.yaml")
+
+
+@click.command(
+    "quantize",
+    epilog="""\b
+Examples:
+  gemma-pack quantize --recipe w4a16
+  gemma-pack quantize demo --recipe w4a16 --calibration builtin --samples 64 --sequence-length 512""",
+)
+@click.argument("model", required=False, envvar="GEMMA_PACK_MODEL")
+@click.option("-r", "--recipe", "recipes", multiple=True, required=True, help="A shipped recipe or a YAML file.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Directory to make  [default: <model>-quantized.<recipe>]"
+)
+@click.option("--revision", help="Branch, tag or commit on the hub  [default: what the hub names now]")
+@click.option("--calibration", help="Hub dataset, .txt or .jsonl file, or builtin  [default: the recipe's]")
+@click.option("--samples", type=click.IntRange(min=1), help="Calibration windows  [default: the recipe's]")
+@click.option("--sequence-length", type=click.IntRange(min=16), help="Tokens a window  [default: the recipe's]")
+@click.option("--seed", type=click.IntRange(min=0), help="Which windows are drawn  [default: the recipe's]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--offline", is_flag=True, help="Use no network.")
+@with_console
+def command(
+    model: str | None,
+    recipes: tuple[str, ...],
+    output: Path | None,
+    revision: str | None,
+    calibration: str | None,
+    samples: int | None,
+    sequence_length: int | None,
+    seed: int | None,
+    device: str,
+    console: Console,
+    *,
+    offline: bool,
+) -> None:
+    """Quantize MODEL by one or more recipes.
+
+    MODEL is a hub id, a directory, or `demo`. Without it: GEMMA_PACK_MODEL, `model:` in ./gemma-pack.yaml,
+    else google/gemma-2-9b-it. An interrupted run goes on where it stopped when the same command is run again.
+    """
+    from gemma_pack.commands.stages import quantize_model
+    from gemma_pack.recipe import load_recipe
+
+    loaded = {name: load_recipe(name) for name in recipes}
+    if output and len(loaded) > 1:
+        raise InvalidUsageError("-o names one directory, and there are several recipes", hint="leave out -o")
+    model = model or project_model() or DEFAULT_MODEL
+    results = []
+    for name, recipe in loaded.items():
+        changes = {"dataset": calibration, "samples": samples, "sequence_length": sequence_length, "seed": seed}
+        chosen = recipe.calibration.model_copy(update={k: v for k, v in changes.items() if v is not None})
+        target = output or Path(f"{default_stem(model)}-quantized.{recipe.name}")
+        results.append(
+            quantize_model(
+                model, name, chosen, target, revision=revision, device=device, offline=offline, reporter=console
+            )
+        )
+    rows = [
+        [str(v.directory), format_bytes(m.base_size_bytes), format_bytes(m.size_bytes), _outcome(made_now=v.made_now)]
+        for v in results
+        if (m := v.record.quantization)
+    ]
+    data: dict[str, Any] = {
+        "variants": [
+            {"directory": str(v.directory), "made_now": v.made_now, "record": v.record.model_dump(mode="json")}
+            for v in results
+        ]
+    }
+    console.result(data, table(rows, header=["variant", "bf16", "quantized", ""]))
+    console.hint(f"gemma-pack validate {results[-1].directory}")
+
+
+def _outcome(*, made_now: bool) -> str:
+    return "made now" if made_now else "already there, from the same inputs"
+
+
+def default_stem(model: str) -> str:
+    """Return the name that outputs begin with: the last part of a hub id or path."""
+    return (
+        "gemma-3-270m" if model == "demo" else Path(model).resolve().name if Path(model).is_dir() else Path(model).name
+    )
+
+
+def project_model() -> str | None:
+    """Return `model:` of ./gemma-pack.yaml, if there is one."""
+    if not PROJECT_FILE.is_file():
+        return None
+    import yaml
+
+    try:
+        data = yaml.safe_load(PROJECT_FILE.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise InvalidUsageError(f"{PROJECT_FILE} is not YAML: {error}") from error
+    model = data.get("model") if isinstance(data, dict) else None
+    if model is not None and not isinstance(model, str):
+        raise InvalidUsageError(f"{PROJECT_FILE}: model is not a name but {model!r}")
+    return model

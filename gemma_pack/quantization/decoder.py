@@ -1,0 +1,118 @@
+"""One decoder layer at a time.
+
+A Gemma's decoder is its embedding and a stack of layers of one or two kinds: sliding and full attention. `Decoder`
+holds the embedding and a single layer of each kind, and fills that layer with the weights of the one at hand, so
+the memory it takes does not grow with the number of layers.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma_pack.errors import CheckpointError
+from gemma_pack.gemma import attention_implementation, decoder_prefix, layer_types
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    from torch import Tensor, nn
+
+    from gemma_pack.checkpoint import Checkpoint
+
+_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
+
+
+class Decoder:
+    """The decoder of a bf16 checkpoint, of which one layer is resident at a time.
+
+    Attributes:
+        depth: number of decoder layers.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        """Build the embedding and one layer of each kind on `device`, in bfloat16."""
+        self.checkpoint = checkpoint
+        self.device = device
+        self.prefix = decoder_prefix(checkpoint.tensors)
+        self.kinds = layer_types(checkpoint.config)
+        self.depth = len(self.kinds)
+        self._first_of_kind = [self.kinds.index(kind) for kind in dict.fromkeys(self.kinds)]
+        self._model = _skeleton(checkpoint, [self.kinds[i] for i in self._first_of_kind], device)
+        self._layers = {self.kinds[i]: self._model.layers[slot] for slot, i in enumerate(self._first_of_kind)}
+        _fill(self._model.embed_tokens, checkpoint, f"{self.prefix}embed_tokens.")
+
+    @torch.no_grad()
+    def embed(self, ids: np.ndarray[Any, np.dtype[np.int32]], batch: int) -> Tensor:
+        """Return the hidden states that enter layer 0, on the CPU.
+
+        Args:
+            ids: int32 [windows, tokens].
+            batch: windows to embed at a time.
+
+        Returns:
+            bfloat16 [windows, tokens, hidden].
+        """
+        rows = torch.split(torch.from_numpy(ids).long(), batch)
+        return torch.cat([self._model.embed_tokens(row.to(self.device)).cpu() for row in rows])
+
+    def load_layer(self, index: int) -> nn.Module:
+        """Fill the resident layer of this kind with the weights of layer `index` and return it."""
+        layer: nn.Module = self._layers[self.kinds[index]]
+        _fill(layer, self.checkpoint, f"{self.prefix}layers.{index}.")
+        return layer
+
+    @torch.no_grad()
+    def layer_arguments(self, windows: int, tokens: int) -> dict[str, dict[str, Any]]:
+        """Return the keyword arguments (masks, positions) that the model gives a layer, by kind of layer.
+
+        They depend only on the shape of the input because calibration windows have no padding.
+        """
+        captured: list[dict[str, Any]] = []
+
+        def capture(_layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+            captured.append({key: value for key, value in kwargs.items() if key != "past_key_values"})
+            return args, kwargs
+
+        hooks = [layer.register_forward_pre_hook(capture, with_kwargs=True) for layer in self._layers.values()]
+        try:
+            self._model(input_ids=torch.zeros((windows, tokens), dtype=torch.long, device=self.device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return dict(zip(self._layers, captured, strict=True))
+
+
+def _skeleton(checkpoint: Checkpoint, kinds: list[str], device: torch.device) -> Any:  # noqa: ANN401 - a transformers model
+    """Return the text model with one layer of each of `kinds`, its parameters uninitialised."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+    config = copy.deepcopy(config.get_text_config())
+    config.layer_types = kinds
+    config.num_hidden_layers = len(kinds)
+    with no_init_weights(), device:
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation=attention_implementation(checkpoint.config)
+        )
+    return model.eval().requires_grad_(requires_grad=False).model
+
+
+def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
+    """Copy the tensors named `prefix` + parameter name into the module, in place."""
+    for name, parameter in module.named_parameters():
+        parameter.data.copy_(read_tensor(checkpoint, prefix + name))
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Return tensor `name` on the CPU, in its own dtype."""
+    info = checkpoint.tensors.get(name)
+    if info is None:
+        raise CheckpointError(f"{checkpoint.directory} has no tensor {name}", hint="fetch the checkpoint again")
+    if info.dtype not in _DTYPES:
+        raise CheckpointError(f"{name} is {info.dtype}, not BF16", hint="use the bfloat16 checkpoint")
+    return torch.frombuffer(bytearray(info.read()), dtype=_DTYPES[info.dtype]).reshape(info.shape)

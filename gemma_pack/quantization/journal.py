@@ -1,0 +1,64 @@
+"""Finished layers on disk, so that an interrupted run goes on where it stopped.
+
+The journal lies beside the target in a directory named by the digest of all that shapes the result: weights,
+recipe, text, seed, device and library versions. Other inputs never find it. A layer's file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from typing import TYPE_CHECKING
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from gemma_pack.checkpoint import write_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+
+class Journal:
+    """The finished layers of one run."""
+
+    def __init__(self, target: Path, identity: Mapping[str, object]) -> None:
+        """Open the journal of the run that writes `target` from the inputs that `identity` names."""
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.directory = target.parent / f".{target.name}.journal-{key[:16]}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for stale in target.parent.glob(f".{target.name}.journal-*"):
+            if stale != self.directory:
+                shutil.rmtree(stale)
+        self.directory.mkdir(mode=0o700, exist_ok=True)
+
+    def files(self) -> list[Path]:
+        """Return the files of the finished layers, in the order of the layers."""
+        return sorted(self.directory.glob("layer-*.safetensors"))
+
+    def load(self, layer: int) -> dict[str, Tensor] | None:
+        """Return the tensors of a finished layer, or None."""
+        path = self._path(layer)
+        if not path.exists():
+            return None
+        try:
+            return safetensors.torch.load(path.read_bytes())
+        except SafetensorError:  # the machine went down while the disk's cache held the file
+            path.unlink()
+            return None
+
+    def save(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the tensors of a finished layer."""
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_atomic(self._path(layer), safetensors.torch.save(contiguous))
+
+    def close(self) -> None:
+        """Remove the journal: the variant is whole."""
+        shutil.rmtree(self.directory)
+
+    def _path(self, layer: int) -> Path:
+        return self.directory / f"layer-{layer:03}.safetensors"
