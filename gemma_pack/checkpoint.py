@@ -247,7 +247,11 @@ def staged_directory(target: Path) -> Iterator[Path]:
         yield staging
         for path in (staging, *staging.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
-        staging.rename(target)
+        try:
+            staging.rename(target)
+        except OSError:
+            refuse_existing(target)  # another process put something there meanwhile
+            raise
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

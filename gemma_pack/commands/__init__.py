@@ -19,6 +19,7 @@ from gemma_pack.console import Console
 from gemma_pack.errors import GemmaPackError, MachineError
 
 VERBS: Final[tuple[str, ...]] = (
+    "download",
     "recipes",
     "quantize",
 )

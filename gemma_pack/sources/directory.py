@@ -1,0 +1,58 @@
+"""Weights in a directory: checked, digested and used in place. Nothing is written into it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from gemma_pack.checkpoint import INDEX_NAME, Checkpoint
+from gemma_pack.errors import CheckpointError
+from gemma_pack.gemma import require_bfloat16, require_supported
+from gemma_pack.record import SourceRecord
+from gemma_pack.sources.files import digest_files, is_wanted, recorded_source
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gemma_pack.console import Reporter
+
+
+def check_directory(directory: Path, reporter: Reporter) -> SourceRecord:
+    """Check that `directory` holds a whole bf16 Gemma, and return where it came from.
+
+    A gemma-pack.json in it is believed as far as its digests still match the files; without one, the source is the
+    directory itself.
+
+    Raises:
+        CheckpointError: damaged, incomplete, not a Gemma, quantized already, or not bf16.
+    """
+    checkpoint = Checkpoint.open(directory)
+    require_supported(checkpoint.config)
+    require_bf16_tensors(checkpoint)
+    checkpoint.require_tokenizer()
+    present = {path.name: path for path in (*checkpoint.shards, *checkpoint.companions())}
+    if (directory / INDEX_NAME).exists():
+        present[INDEX_NAME] = directory / INDEX_NAME
+    recorded = recorded_source(directory)
+    names = {file.path for file in recorded.files} if recorded else set(filter(is_wanted, present))
+    files = digest_files((directory / name for name in names), reporter)
+    if recorded and sorted(recorded.files, key=lambda file: file.path) == list(files):
+        return recorded
+    if recorded:
+        reporter.warn(f"the files in {directory} no longer match its gemma-pack.json, so its origin is not recorded")
+        files = digest_files((path for name, path in present.items() if is_wanted(name)), reporter)
+    return SourceRecord(kind="directory", model_id=directory.resolve().name, files=files)
+
+
+def require_bf16_tensors(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless every tensor of the checkpoint is bfloat16."""
+    dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
+    if "F16" in dtypes:
+        require_bfloat16({"dtype": "float16"})  # the one place that says why
+    others = [info for info in checkpoint.tensors.values() if info.dtype != "BF16"]
+    if others:
+        raise CheckpointError(
+            f"{len(others)} of {len(checkpoint.tensors)} tensors are not BF16, the first is {others[0].name}: "
+            f"{others[0].dtype}",
+            hint="use the bfloat16 checkpoint of the model",
+        )
