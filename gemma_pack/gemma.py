@@ -58,10 +58,26 @@ _KNOWN_UNSUPPORTED: Final = {
 
 
 def require_supported(config: Mapping[str, Any]) -> Family:
-    """Return the family of a checkpoint's config.json.
+    """Return the family of a checkpoint that is to be quantized, by its config.json.
 
     Raises:
         CheckpointError: not a Gemma, a Gemma that is not supported, already quantized, or float16.
+    """
+    family = require_gemma(config)
+    if "quantization_config" in config:
+        raise CheckpointError(
+            "the checkpoint is quantized already: config.json has a quantization_config",
+            hint="start from the bf16 checkpoint of the model",
+        )
+    require_bfloat16(config)
+    return family
+
+
+def require_gemma(config: Mapping[str, Any]) -> Family:
+    """Return the family of a checkpoint, quantized or not, by its config.json.
+
+    Raises:
+        CheckpointError: not a Gemma, or a Gemma that is not supported.
     """
     model_type = config.get("model_type")
     supported = f"supported are {', '.join(family.name for family in _FAMILIES.values())}"
@@ -69,12 +85,6 @@ def require_supported(config: Mapping[str, Any]) -> Family:
         raise CheckpointError(f"{_KNOWN_UNSUPPORTED[str(model_type)]} is not supported yet", hint=supported)
     if model_type not in _FAMILIES:
         raise CheckpointError(f"this is not a Gemma: config.json says model_type {model_type!r}", hint=supported)
-    if "quantization_config" in config:
-        raise CheckpointError(
-            "the checkpoint is quantized already: config.json has a quantization_config",
-            hint="start from the bf16 checkpoint of the model",
-        )
-    require_bfloat16(config)
     return _FAMILIES[str(model_type)]
 
 
@@ -144,16 +154,21 @@ def layer_types(config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def kv_cache_bytes(config: Mapping[str, Any], tokens: int, bytes_per_value: int = 2) -> int:
+def kv_cache_bytes(
+    config: Mapping[str, Any], tokens: int, *, bytes_per_value: int = 2, in_flight_tokens: int = 0
+) -> int:
     """Return the bytes of KV cache for one sequence of `tokens` tokens; sliding layers keep one window.
 
-    2 · kv_heads · head_dim · bytes · (full layers · L + sliding layers · min(L, window)).
+    2 · kv_heads · head_dim · bytes · (full layers · L + sliding layers · min(L, window + in flight)).
+
+    A server holds more than the window while it prefills: also the tokens that it has scheduled and not yet settled
+    (vLLM, `SlidingWindowSpec.max_admission_blocks_per_request`); `in_flight_tokens` says how many.
     """
     text = text_config(config)
     heads, dim = text["num_key_value_heads"], text.get("head_dim", 256)
     kinds = layer_types(config)
     sliding = sum(kind == "sliding_attention" for kind in kinds)
-    window = text.get("sliding_window") or tokens
+    window = (text.get("sliding_window") or tokens) + in_flight_tokens
     kept_tokens = (len(kinds) - sliding) * tokens + sliding * min(tokens, window)
     return int(2 * heads * dim * bytes_per_value * kept_tokens)
 
