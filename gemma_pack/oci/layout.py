@@ -17,7 +17,7 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Final
 
 from gemma_pack.checkpoint import staged_directory
 from gemma_pack.errors import RegistryError
@@ -151,15 +151,10 @@ class LayoutWriter:
             chunks: the blob's bytes, in order.
             advance: told the size in bytes of each piece once it is written.
         """
-        state = hashlib.sha256()
         with tempfile.NamedTemporaryFile(dir=self.directory, prefix=".partial-", delete=False) as stream:
-            for chunk in chunks:
-                state.update(chunk)
-                stream.write(chunk)
-                if advance:
-                    advance(len(chunk))
-        Path(stream.name).rename(self._blobs / state.hexdigest())
-        return f"sha256:{state.hexdigest()}"
+            digest = hash_stream(_tee(chunks, stream), advance)
+        Path(stream.name).rename(self._blobs / digest.removeprefix("sha256:"))
+        return digest
 
     def add_image(self, descriptor: Descriptor) -> None:
         """List an index or a manifest, whose blobs are all written, in index.json."""
@@ -182,6 +177,22 @@ def create_layout(target: Path) -> Iterator[LayoutWriter]:
         writer = LayoutWriter(staging)
         yield writer
         writer.finish()
+
+
+def hash_stream(chunks: Iterable[bytes], advance: Callable[[int], None] | None = None) -> str:
+    """Return the digest of a blob that comes in pieces; `advance` is told the size in bytes of each."""
+    state = hashlib.sha256()
+    for chunk in chunks:
+        state.update(chunk)
+        if advance:
+            advance(len(chunk))
+    return f"sha256:{state.hexdigest()}"
+
+
+def _tee(chunks: Iterable[bytes], stream: IO[bytes]) -> Iterator[bytes]:
+    for chunk in chunks:
+        stream.write(chunk)
+        yield chunk
 
 
 def _read(path: Path, directory: Path) -> bytes:

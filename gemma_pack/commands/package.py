@@ -1,0 +1,77 @@
+"""`gemma-pack package`: a checkpoint directory becomes an OCI modelcar image on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from gemma_pack.commands.options import with_console
+from gemma_pack.errors import InvalidUsageError
+
+if TYPE_CHECKING:
+    from gemma_pack.console import Console
+    from gemma_pack.oci.manifest import Platform
+    from gemma_pack.oci.package import PackageResult
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  gemma-pack package gemma-3-270m-it-quantized.w4a16
+  gemma-pack package gemma-2-9b-it-quantized.w4a16 -o image.oci --base ubi9-micro.oci --platform linux/amd64"""
+)
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The OCI layout to write.  [default: DIRECTORY.oci]"
+)
+@click.option(
+    "--base",
+    default="embedded",
+    show_default=True,
+    metavar="embedded|none|LAYOUT",
+    help="What lies under the weights: KServe's own link-and-wait binary, nothing, or an image in an OCI layout.",
+)
+@click.option(
+    "--platform",
+    "platforms",
+    multiple=True,
+    metavar="OS/ARCH",
+    help="For which platform; may be given several times.  [default: all that the base has]",
+)
+@with_console
+def command(directory: Path, output: Path | None, base: str, platforms: tuple[str, ...], console: Console) -> None:
+    """Pack a checkpoint as an OCI modelcar image, in a layout on disk.
+
+    The files come to lie under /models, one uncompressed layer a shard, so that all variants and platforms share what
+    is equal. The same directory gives the same digest on any machine. Hidden files are left out.
+    """
+    from gemma_pack.oci.package import package
+
+    named = directory if directory.name not in {"", ".."} else directory.resolve()
+    target = output or named.with_name(f"{named.name}.oci")
+    wanted = [_platform(text) for text in dict.fromkeys(platforms)]
+    result = package(directory, target, base=base, platforms=wanted, reporter=console)
+    console.result(result, _text(result))
+    if base == "none":
+        console.warn("without a base, KServe mounts it as oci+native:// or oci+fetch:// only, not as oci://")
+    console.hint(f"gemma-pack push {result.layout} REGISTRY/NAME:TAG")
+
+
+def _platform(text: str) -> Platform:
+    from gemma_pack.oci.manifest import Platform
+
+    try:
+        return Platform.parse(text)
+    except ValueError as error:
+        raise InvalidUsageError(str(error), hint="--platform linux/amd64") from error
+
+
+def _text(result: PackageResult) -> str:
+    from gemma_pack.console import format_bytes, table
+
+    rows = [(layer.title.removesuffix(".tar"), format_bytes(layer.size_bytes), layer.digest) for layer in result.layers]
+    rows.append(("the image, with its base", format_bytes(result.size_bytes), result.digest))
+    verb = "was already there" if result.already_there else "written"
+    return f"{table(rows, header=('layer', 'size', 'digest'))}\n\n{result.layout} {verb}: {', '.join(result.platforms)}"
