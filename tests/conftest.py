@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share: real system tools, found or skipped, free loopback ports, a small checkpoint."""
+"""Fixtures that several rooms share: real system tools, found or skipped, free loopback ports, checkpoints."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from gemma_pack.checkpoint import TensorInfo, read_header, write_index, write_sa
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
+
+    from tests.tiny import Family
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +76,54 @@ def raw_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return directory
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Path]:
+    """Return a function that gives the directory of a tiny random `gemma2`, `gemma3_text` or `gemma3`.
+
+    The directories are shared by the whole session: copy one before changing it.
+    """
+    from tests.tiny import write_tiny
+
+    base = tmp_path_factory.mktemp("tiny")
+
+    def find(family: Family) -> Path:
+        directory = base / f"tiny-{family}"
+        return directory if directory.exists() else write_tiny(directory, family)
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_checkpoints: Callable[[Family], Path]) -> Path:
+    """Return the directory of a tiny random Gemma 3; copy it before changing it."""
+    return tiny_checkpoints("gemma3_text")
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Return the directory of the real Gemma 3 270M, assembled once a session, or once ever under $GEMMA_PACK_CACHE.
+
+    Mark the tests that ask for it with `@pytest.mark.real`, and do not change what is in it.
+    """
+    from filelock import FileLock
+
+    from gemma_pack.console import Console
+    from gemma_pack.errors import MachineError
+    from gemma_pack.sources import cache_directory, obtain
+
+    if os.environ.get("GEMMA_PACK_CACHE"):
+        base, output = cache_directory(), None
+    else:
+        own = tmp_path_factory.getbasetemp()
+        base = own if worker_id == "master" else own.parent  # xdist gives each worker a directory below a common one
+        output = base / "gemma-3-270m"
+    base.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(base / "demo.lock"):
+            return obtain("demo", revision=None, output=output, offline=True, reporter=Console("quiet")).directory
+    except MachineError as error:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(f"{error.message}: {error.hint}")
