@@ -57,7 +57,7 @@ def command(
     MODEL is a hub id, a directory, or `demo`. Without it: GEMMA_PACK_MODEL, `model:` in ./gemma-pack.yaml,
     else google/gemma-2-9b-it. An interrupted run goes on where it stopped when the same command is run again.
     """
-    from gemma_pack.commands.stages import quantize_model
+    from gemma_pack.build import quantize_model
     from gemma_pack.recipe import load_recipe
 
     loaded = {name: load_recipe(name) for name in recipes}

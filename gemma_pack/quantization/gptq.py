@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from gemma_pack.recipe import Gptq
 
 
+_WHOLE_GRID = 1_000_000
+
+
 class Hessian:
     """The running sum of 2 X Xᵀ / tokens over all inputs seen.
 
@@ -108,7 +111,10 @@ def quantize_group(
 
 def _choose_scale(weight: Tensor, arguments: QuantizationArgs) -> tuple[Tensor, Tensor]:
     """Return bfloat16 scales [rows, groups] by the recipe's observer, and its zero points (all zero when symmetric)."""
-    observer = Observer.load_from_registry(arguments.observer, base_name="weight", args=arguments)
+    # Upstream's grid search gives up when no group of the whole matrix has improved for a few steps, so that a
+    # group's scale would depend on its neighbours; with this patience the whole grid is searched for each.
+    own = arguments.model_copy(update={"observer_kwargs": {"patience": _WHOLE_GRID}})
+    observer = Observer.load_from_registry(arguments.observer, base_name="weight", args=own)
     observer(weight)
     found = observer.get_qparams()
     return found["scale"].to(torch.bfloat16), found["zero_point"]

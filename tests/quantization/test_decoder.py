@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+from gemma_pack.checkpoint import Checkpoint
+from gemma_pack.quantization.calibrated import _HiddenStates
+from gemma_pack.quantization.decoder import Decoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gemma3"])
+def test_windows_that_travel_layer_by_layer_end_where_the_whole_model_takes_them(
+    tiny_checkpoints: Callable[[str], Path], family: str
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    directory = tiny_checkpoints(family)
+    # 80 tokens are more than the sliding window of 32, 5 windows are no whole number of batches
+    ids = np.random.default_rng(0).integers(4, 500, size=(5, 80), dtype=np.int32)
+    decoder = Decoder(Checkpoint.open(directory), torch.device("cpu"))
+    stream = _HiddenStates(decoder, ids)
+    stream.batch = 2
+    for index in range(decoder.depth):
+        stream.advance(index, decoder.load_layer(index))
+
+    loader = AutoModelForImageTextToText if family == "gemma3" else AutoModelForCausalLM
+    attention = "eager" if family == "gemma2" else "sdpa"
+    model = loader.from_pretrained(directory, dtype=torch.bfloat16, attn_implementation=attention).eval()
+    decoder_module = model.model.language_model if family == "gemma3" else model.model
+    found: list[torch.Tensor] = []
+    decoder_module.layers[-1].register_forward_hook(lambda _module, _args, output: found.append(output))
+    with torch.no_grad():
+        for rows in torch.from_numpy(ids).long().split(2):
+            model(input_ids=rows, use_cache=False)
+    assert AutoConfig.from_pretrained(directory).get_text_config().num_hidden_layers == decoder.depth
+    assert torch.equal(torch.cat(found), stream.states)
+
+
+def test_a_missing_tensor_is_named(tiny_checkpoint: Path) -> None:
+    from gemma_pack.errors import CheckpointError
+
+    whole = Checkpoint.open(tiny_checkpoint)
+    tensors = {name: info for name, info in whole.tensors.items() if "layers.1.mlp.up_proj" not in name}
+    decoder = Decoder(Checkpoint(directory=whole.directory, config=whole.config, tensors=tensors), torch.device("cpu"))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        decoder.load_layer(1)

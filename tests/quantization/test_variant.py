@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gemma_pack.checkpoint import Checkpoint, file_sha256
+from gemma_pack.errors import InvalidUsageError, QuantizationError, RecipeError
+from gemma_pack.quantization import calibrated
+from gemma_pack.quantization.untouched import prove_untouched
+from gemma_pack.quantization.variant import quantize
+from gemma_pack.record import read_record
+from tests.quantization.conftest import RECIPE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pathlib import Path
+
+    from gemma_pack.console import Reporter
+    from gemma_pack.quantization.gptq import QuantizedLinear
+    from gemma_pack.quantization.variant import Job
+
+    MakeJob = Callable[..., Job]
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {path.name: file_sha256(path) for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gemma3"])
+def test_a_variant_loads_answers_like_its_base_and_leaves_the_rest_alone(
+    tiny_checkpoints: Callable[[str], Path], make_job: MakeJob, tmp_path: Path, reporter: Reporter, family: str
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    base = tiny_checkpoints(family)
+    job = make_job(base)
+    variant = quantize(job, tmp_path / "variant", reporter)
+    assert variant.made_now
+
+    opened = Checkpoint.open(variant.directory)
+    linears = 3 * 7
+    assert sum(name.endswith(".weight_packed") for name in opened.tensors) == linears
+    assert not any("lm_head" in name for name in opened.tensors)
+    for name, info in job.base.tensors.items():
+        if name in opened.tensors:
+            assert opened.tensors[name].read() == info.read()
+    proof = variant.record.quantization.untouched
+    assert len(proof.changed) == linears
+    assert proof.untouched == len(job.base.tensors) - linears
+    config = json.loads((variant.directory / "config.json").read_text())
+    expected_ignore = ["lm_head"]
+    if family == "gemma3":
+        expected_ignore += ["re:.*vision_tower.*", "re:.*multi_modal_projector.*"]
+    assert config["quantization_config"]["ignore"] == expected_ignore
+    assert {k: v for k, v in config.items() if k != "quantization_config"} == job.base.config
+
+    loader = AutoModelForImageTextToText if family == "gemma3" else AutoModelForCausalLM
+    ids = torch.from_numpy(job.windows.ids[:4]).long()
+    with torch.no_grad():
+        p, q = (
+            loader.from_pretrained(path, dtype=torch.bfloat16).eval()(input_ids=ids).logits.float().log_softmax(-1)
+            for path in (base, variant.directory)
+        )
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    assert 0 < kl < 0.3
+
+
+def test_the_same_job_gives_the_same_bytes_and_is_not_done_twice(
+    tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter
+) -> None:
+    first = quantize(make_job(tiny_checkpoint), tmp_path / "a", reporter)
+    second = quantize(make_job(tiny_checkpoint), tmp_path / "b", reporter)
+    assert digests(first.directory) == digests(second.directory)
+    again = quantize(make_job(tiny_checkpoint), tmp_path / "a", reporter)
+    assert not again.made_now
+    assert again.record == first.record
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_another_job_finds_the_output_in_the_way(
+    tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter
+) -> None:
+    quantize(make_job(tiny_checkpoint), tmp_path / "a", reporter)
+    with pytest.raises(InvalidUsageError, match="in the way"):
+        quantize(make_job(tiny_checkpoint, seed=2), tmp_path / "a", reporter)
+
+
+@pytest.mark.parametrize("finished", [0, 1, 2])
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
+    tiny_checkpoint: Path,
+    make_job: MakeJob,
+    tmp_path: Path,
+    reporter: Reporter,
+    monkeypatch: pytest.MonkeyPatch,
+    finished: int,
+) -> None:
+    undisturbed = quantize(make_job(tiny_checkpoint), tmp_path / "whole", reporter)
+    calls = []
+    original = calibrated.quantize_group
+
+    def interrupted(*args: Any) -> list[QuantizedLinear]:
+        calls.append(1)
+        if len(calls) > 4 * finished + 2:  # four groups a layer: in the middle of the next one
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrated, "quantize_group", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(make_job(tiny_checkpoint), tmp_path / "variant", reporter)
+    assert not (tmp_path / "variant").exists()
+
+    calls.clear()
+    monkeypatch.setattr(calibrated, "quantize_group", lambda *args: (calls.append(1), original(*args))[1])
+    resumed = quantize(make_job(tiny_checkpoint), tmp_path / "variant", reporter)
+    assert len(calls) == 4 * (3 - finished)
+    assert digests(resumed.directory) == digests(undisturbed.directory)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["variant", "whole"]
+
+
+def test_a_torn_journal_file_is_computed_again(
+    tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("gemma_pack.quantization.variant.staged_directory", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(make_job(tiny_checkpoint), tmp_path / "variant", reporter)
+    torn = next(tmp_path.glob(".variant.journal-*/layer-001.safetensors"))
+    torn.write_bytes(torn.read_bytes()[:1000])
+    resumed = quantize(make_job(tiny_checkpoint), tmp_path / "variant", reporter)
+    whole = quantize(make_job(tiny_checkpoint), tmp_path / "whole", reporter)
+    assert digests(resumed.directory) == digests(whole.directory)
+
+
+def _interrupt(_target: Path) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_full_disk_leaves_nothing_that_looks_whole(
+    tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("gemma_pack.quantization.variant.write_index", full)
+    with pytest.raises(OSError, match="No space left"):
+        quantize(make_job(tiny_checkpoint), tmp_path / "variant", reporter)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".variant.journal-")] == []
+
+
+def test_a_norm_rewritten_the_way_upstream_does_fails_the_proof(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """llm-compressor stores Gemma's norms as 1 + w in bf16 while it calibrates, and subtracts 1 again."""
+    from gemma_pack.console import Console
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, copy)
+    tensors = load_file(copy / "model.safetensors")
+    name = "model.layers.1.input_layernorm.weight"
+    tensors[name] = (tensors[name] + 1) - 1
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    base, altered = Checkpoint.open(tiny_checkpoint), Checkpoint.open(copy)
+    with pytest.raises(QuantizationError, match=r"layers\.1\.input_layernorm\.weight changed"):
+        prove_untouched(base, altered, [], [], Console("quiet"))
+    assert prove_untouched(base, base, [], [], Console("quiet")).untouched == len(base.tensors)
+
+
+def test_a_second_copy_of_the_tied_embedding_fails_the_proof(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    from gemma_pack.console import Console
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    base = Checkpoint.open(tiny_checkpoint)
+    with pytest.raises(QuantizationError, match=r"has lm_head\.weight"):
+        prove_untouched(base, Checkpoint.open(copy), [], [], Console("quiet"))
+
+
+def test_ignored_layers_stay_in_bf16_and_are_named_to_the_server(
+    tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter
+) -> None:
+    recipe = RECIPE + 'ignore: ["re:.*layers.0.*", model.layers.2.mlp.down_proj]\n'
+    variant = quantize(make_job(tiny_checkpoint, recipe), tmp_path / "variant", reporter)
+    assert len(variant.record.quantization.untouched.changed) == 3 * 7 - 7 - 1
+    opened = Checkpoint.open(variant.directory)
+    assert "model.layers.0.self_attn.q_proj.weight" in opened.tensors
+    ignore = opened.config["quantization_config"]["ignore"]
+    assert len(ignore) == 1 + 7 + 1
+    assert "model.layers.2.mlp.down_proj" in ignore
+
+
+@pytest.mark.parametrize(
+    ("ignore", "message"),
+    [
+        ("re:.*q_proj", "fuse into one matrix"),
+        ("model.layers.0.mlp.gate_proj", "fuse into one matrix"),
+        ("re:.*vision.*", "matches no linear layer"),
+        ("lm_head", "matches no linear layer"),
+    ],
+)
+def test_an_ignore_list_that_no_server_loads_is_refused(
+    tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter, ignore: str, message: str
+) -> None:
+    job = make_job(tiny_checkpoint, RECIPE + f'ignore: ["{ignore}"]\n')
+    with pytest.raises(RecipeError, match=message):
+        quantize(job, tmp_path / "variant", reporter)
+    assert not any(tmp_path.iterdir())
+
+
+def test_groups_that_do_not_divide_the_columns_are_refused(
+    tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter
+) -> None:
+    job = make_job(tiny_checkpoint)
+    changed = job.recipe.model_copy(update={"weights": job.recipe.weights.model_copy(update={"group_size": 96})})
+    object.__setattr__(job, "recipe", changed)
+    with pytest.raises(RecipeError, match="do not divide"):
+        quantize(job, tmp_path / "variant", reporter)
+
+
+def test_the_record_says_what_was_done(
+    tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter
+) -> None:
+    job = make_job(tiny_checkpoint)
+    variant = quantize(job, tmp_path / "variant", reporter)
+    record = read_record(variant.directory)
+    assert record == variant.record
+    made = record.quantization
+    assert made.recipe_sha256 == job.recipe.digest()
+    assert made.calibration == job.windows.record
+    assert made.scheme == "int4 weights in groups of 64"
+    assert made.base_size_bytes == job.base.size_bytes
+    assert made.size_bytes == Checkpoint.open(variant.directory).size_bytes
+    assert made.versions["llmcompressor"] == "0.14.0.1"
+    assert (variant.directory / "recipe.yaml").read_text() == RECIPE
