@@ -22,6 +22,7 @@ VERBS: Final[tuple[str, ...]] = (
     "download",
     "recipes",
     "quantize",
+    "card",
     "package",
 )
 """In the order of the work. Each is a module here, with the click command in a variable `command`."""

@@ -1,0 +1,31 @@
+"""The Jinja environment of all renderings; templates lie in `templates/` beside this file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma_pack.console import format_bytes
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+
+def template(name: str) -> Template:
+    """Return the template; a name it uses and is not given is an error. HTML is escaped by the file's name."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=select_autoescape(enabled_extensions=("html.j2",), default=False),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    environment.filters["size"] = format_bytes
+    environment.filters["cell"] = markdown_cell
+    return environment.get_template(name)
+
+
+def markdown_cell(text: Any) -> str:  # noqa: ANN401 - whatever a template passes
+    """Return text that stays in its cell of a Markdown table."""
+    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("\n", "⏎").replace("`", "'")

@@ -1,0 +1,86 @@
+"""How measured numbers read: one label, one unit and one precision for each, in every rendering.
+
+Markdown, card, page and table take their words from here, so that a number never has two names.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from gemma_pack.record import Metric
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """A label and how its number is written."""
+
+    label: str
+    decimals: int
+    higher_is_better: bool = False
+
+
+WORDINGS: Final[dict[str, Wording]] = {
+    "ppl_base": Wording("perplexity of the base", 3),
+    "ppl_variant": Wording("perplexity of the variant", 3),
+    "ppl_increase_percent": Wording("perplexity increase", 2),
+    "ln_ratio_nats": Wording("ln(perplexity ratio)", 4),
+    "bits_per_byte_base": Wording("bits per byte of the base", 4),
+    "bits_per_byte_variant": Wording("bits per byte of the variant", 4),
+    "kl_nats": Wording("mean KL(base‖variant)", 4),
+    "kl_p99_nats": Wording("99th percentile of KL", 3),
+    "same_top1_percent": Wording("same first choice", 2, higher_is_better=True),
+    "delta_p_rms_percent": Wording("RMS Δp of the read token", 2),
+    "greedy_identical_percent": Wording("identical greedy answers", 1, higher_is_better=True),
+    "greedy_divergent_percent": Wording("divergent tokens in greedy answers", 1),
+    "empty_answers": Wording("empty answers", 0),
+}
+
+VERDICT_WORDS: Final = {"pass": "PASS", "fail": "FAIL", "undecided": "UNDECIDED", "not judged": ""}
+
+
+def label(metric: Metric) -> str:
+    """Return the metric's name for people."""
+    wording = WORDINGS.get(metric.name)
+    return wording.label if wording else metric.name.replace("_", " ")
+
+
+def value(metric: Metric) -> str:
+    """Return the estimate with its unit."""
+    return _number(metric, metric.value)
+
+
+def bound(metric: Metric) -> str:
+    """Return the one-sided bound that the margin is held against, or nothing."""
+    return "" if metric.bound is None else _relation(metric) + _number(metric, metric.bound)
+
+
+def margin(metric: Metric) -> str:
+    """Return what the gate allows, or nothing."""
+    return "" if metric.margin is None else _relation(metric) + _number(metric, metric.margin)
+
+
+def rows(metrics: tuple[Metric, ...]) -> list[list[str]]:
+    """Return a table's cells: measure, value, bound, margin, verdict."""
+    return [[label(m), value(m), bound(m), margin(m), VERDICT_WORDS[m.verdict]] for m in metrics]
+
+
+HEADER: Final = ("measure", "value", "95 % bound", "margin", "verdict")
+
+
+def _relation(metric: Metric) -> str:
+    wording = WORDINGS.get(metric.name)
+    return "≥ " if wording and wording.higher_is_better else "≤ "
+
+
+def _number(metric: Metric, number: float) -> str:
+    if not math.isfinite(number):
+        return "unknown"
+    wording = WORDINGS.get(metric.name)
+    decimals = wording.decimals if wording else 4
+    written = f"{number:.{decimals}f}"
+    if number and not float(written):  # a small effect must not read as none
+        written = f"{number:.1e}"
+    return f"{written} {metric.unit}".rstrip()
