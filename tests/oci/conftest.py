@@ -1,0 +1,138 @@
+"""What the tests of images share: the published schemas, a reader of layers that is not ours, layouts to build on."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from gemma_pack.oci.layout import create_layout
+from gemma_pack.oci.manifest import (
+    CONFIG_TYPE,
+    LAYER_TYPE,
+    MANIFEST_TYPE,
+    Descriptor,
+    Index,
+    Manifest,
+    Platform,
+    describe,
+    encode_json,
+    sha256_digest,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+SCHEMAS = Path(os.environ.get("GEMMA_PACK_SCHEMAS", Path(__file__).parents[3] / "shared/schemas"))
+"""Where the published schemas lie, if anywhere: they are not a part of the project."""
+
+
+@pytest.fixture
+def valid_oci() -> Callable[[str, Any], None]:
+    """Return a function that checks a document against a JSON schema of the OCI image-spec, given its short name."""
+    if not SCHEMAS.is_dir():
+        pytest.skip(f"no published schemas in {SCHEMAS}; GEMMA_PACK_SCHEMAS says where they are")
+    import jsonschema
+    from referencing import Registry, Resource
+    from referencing.jsonschema import DRAFT4
+
+    def retrieve(uri: str) -> Resource[Any]:
+        name = f"oci-{uri.rsplit('/', 1)[-1]}"
+        return Resource(contents=json.loads((SCHEMAS / name).read_text()), specification=DRAFT4)
+
+    registry: Registry[Any] = Registry(retrieve=retrieve)  # type: ignore[call-arg]
+
+    def check(kind: str, document: Any) -> None:
+        schema = json.loads((SCHEMAS / f"oci-{kind}-schema.json").read_text())
+        jsonschema.Draft4Validator(schema, registry=registry).validate(document)
+
+    return check
+
+
+@dataclass(frozen=True)
+class Member:
+    """One path of an unpacked image."""
+
+    kind: bytes
+    mode: int
+    owner: tuple[int, int]
+    sha256: str
+
+
+@pytest.fixture
+def unpack() -> Callable[[Path, str], dict[str, Member]]:
+    """Return a function that lays the layers of a layout's image over one another, as a container runtime does.
+
+    It is given the layout and an architecture and reads the JSON and the tars itself, with nothing of ours.
+    """
+
+    def read(directory: Path, architecture: str = "amd64") -> dict[str, Member]:
+        def document(digest: str) -> Any:
+            return json.loads((directory / "blobs" / digest.replace(":", "/")).read_text())
+
+        (entry,) = json.loads((directory / "index.json").read_text())["manifests"]
+        manifest = document(entry["digest"])
+        if "manifests" in manifest:
+            fits = [m for m in manifest["manifests"] if m["platform"]["architecture"] == architecture]
+            manifest = document(fits[0]["digest"])
+        members: dict[str, Member] = {}
+        for layer in manifest["layers"]:
+            with tarfile.open(directory / "blobs" / layer["digest"].replace(":", "/")) as tar:
+                for info in tar:
+                    stream = tar.extractfile(info) if info.isreg() else None
+                    content = hashlib.sha256(stream.read() if stream else b"").hexdigest()
+                    members[info.name] = Member(info.type, info.mode, (info.uid, info.gid), content)
+        return members
+
+    return read
+
+
+@pytest.fixture
+def write_base(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes a small image as an OCI layout, one manifest a platform."""
+
+    def write(
+        name: str = "base",
+        *,
+        platforms: tuple[str, ...] = ("linux/amd64",),
+        tar: bytes = b"",
+        media_type: str = LAYER_TYPE,
+        config: Mapping[str, Any] | None = None,
+        layers: int = 1,
+    ) -> Path:
+        if not tar:
+            empty = io.BytesIO()
+            with tarfile.open(fileobj=empty, mode="w"):
+                pass
+            tar = empty.getvalue()
+        with create_layout(tmp_path / name) as writer:
+            manifests: list[Descriptor] = []
+            writer.write_document(tar)
+            for text in platforms:
+                platform = Platform.parse(text)
+                contents = {
+                    **platform.to_json(),
+                    "config": {"Env": ["PATH=/usr/bin"], "Labels": {"name": "the base", "version": "9.8"}},
+                    "rootfs": {"type": "layers", "diff_ids": [sha256_digest(tar)] * layers},
+                    **(config or {}),
+                }
+                encoded = encode_json(contents)
+                writer.write_document(encoded)
+                manifest = Manifest(
+                    config=describe(encoded, CONFIG_TYPE), layers=(describe(tar, media_type),) * layers
+                ).encode()
+                writer.write_document(manifest)
+                manifests.append(describe(manifest, MANIFEST_TYPE, platform=platform))
+            index = Index(manifests=tuple(manifests))
+            writer.write_document(index.encode())
+            writer.add_image(describe(index.encode(), index.media_type))
+        return tmp_path / name
+
+    return write
