@@ -1,0 +1,82 @@
+"""The packaged variant that is to be served, as a registry describes it: what every target starts from."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from gemma_pack.errors import InvalidUsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gemma_pack.record import Record
+
+_PINNED: Final = re.compile(r"[^\s@\"']+/[^\s@\"']+@sha256:[0-9a-f]{64}")
+MAX_NAME_LENGTH: Final = 40
+"""KServe joins name, `-predictor-` and namespace to a DNS label of at most 63 characters: 12 are left for the last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedImage:
+    """An image in a registry and what is inside.
+
+    Attributes:
+        reference: `host/name@sha256:…`; a tag may move, so nothing is deployed by tag.
+        tag: the tag that it was found by, for people.
+        size_bytes: of all layers, as a node pulls them.
+        record: gemma-pack.json of the variant; None for an image that something else made.
+        config: config.json of the variant.
+    """
+
+    reference: str
+    tag: str | None
+    size_bytes: int
+    record: Record | None
+    config: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        """Refuse what is not pinned."""
+        if not _PINNED.fullmatch(self.reference):
+            raise InvalidUsageError(
+                f"{self.reference} is not pinned by digest", hint="pass host/name@sha256:…, as push prints it"
+            )
+
+    @property
+    def host(self) -> str:
+        """The registry, with its port."""
+        return self.reference.partition("/")[0]
+
+    @property
+    def name(self) -> str:
+        """A name for the service, from the repository: a DNS label that begins with a letter."""
+        repository = self.reference.partition("@")[0].rsplit("/", 1)[1]
+        label = re.sub(r"[^a-z0-9]+", "-", repository.lower()).strip("-")
+        label = label if label[:1].isalpha() else f"model-{label}".rstrip("-")
+        return label[:MAX_NAME_LENGTH].rstrip("-")
+
+    @property
+    def weights_bytes(self) -> int:
+        """Tensor bytes of the variant; without a record the size of the image, which is little more."""
+        quantization = self.record.quantization if self.record else None
+        return quantization.size_bytes if quantization else self.size_bytes
+
+    @property
+    def answers_chat(self) -> bool:
+        """Whether the model is instruction-tuned, by Google's suffix `-it`, and so has a chat template."""
+        return self.record is not None and re.search(r"-it\b", self.record.source.model_id) is not None
+
+    def describe(self) -> list[str]:
+        """Return what a reader of a manifest wants to know about the weights, a sentence a line."""
+        lines = [f"Weights: {self.reference}" + (f" (tag {self.tag} when this was written)" if self.tag else "")]
+        if self.record is None:
+            return [*lines, "The image carries no record of its origin."]
+        source, quantization, validation = self.record.source, self.record.quantization, self.record.validation
+        lines.append(f"Base: {source.model_id}" + (f" at {source.revision}" if source.revision else ""))
+        if source.note:
+            lines.append(f"Note: {source.note}")
+        if quantization:
+            lines.append(f"Recipe: {quantization.recipe} ({quantization.scheme})")
+        lines.append(f"Validation: {validation.verdict if validation else 'none'}")
+        return lines

@@ -1,0 +1,39 @@
+"""How vLLM is started on a Gemma, the same for every target."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Final
+
+from gemma_pack.deploy.resources import GPU_MEMORY_UTILIZATION
+
+if TYPE_CHECKING:
+    from gemma_pack.deploy.image import ServedImage
+    from gemma_pack.deploy.resources import Resources
+
+PROMPT: Final = "Write me a poem about Machine Learning."
+"""The prompt of the Gemma model card."""
+
+
+def server_arguments(name: str, resources: Resources) -> list[str]:
+    """Return the options of `vllm serve` that belong to one variant; `name` is what clients call it."""
+    arguments = [
+        f"--served-model-name={name}",
+        f"--max-model-len={resources.max_model_len}",
+        f"--gpu-memory-utilization={GPU_MEMORY_UTILIZATION}",
+    ]
+    if resources.gpus > 1:
+        arguments.append(f"--tensor-parallel-size={resources.gpus}")
+    return arguments
+
+
+def curl_command(image: ServedImage, name: str, base_url: str) -> str:
+    """Return the call of the OpenAI API that shows that the server answers.
+
+    Only an instruction-tuned Gemma has a chat template; a base model continues text.
+    """
+    path = "chat/completions" if image.answers_chat else "completions"
+    message = [{"role": "user", "content": PROMPT}]
+    ask = {"messages": message} if image.answers_chat else {"prompt": PROMPT, "max_tokens": 64}
+    body = json.dumps({"model": name, **ask})
+    return f"curl {base_url}/v1/{path} -H 'Content-Type: application/json' -d '{body}'"
