@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any, Final
 from gemma_pack.errors import InvalidUsageError, RegistryError
 from gemma_pack.oci.layers import read_file
 from gemma_pack.oci.layout import Layout
-from gemma_pack.oci.manifest import GZIP_LAYER_TYPE, LAYER_TYPE, Descriptor, Manifest, Platform, parse_json
+from gemma_pack.oci.manifest import (
+    GZIP_LAYER_TYPE,
+    LAYER_TYPE,
+    Descriptor,
+    Manifest,
+    Platform,
+    parse_json,
+    parse_platform,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -109,10 +117,9 @@ def _images(layout: Layout) -> list[tuple[Descriptor, Manifest]]:
 
 def _read(layout: Layout, descriptor: Descriptor, manifest: Manifest, name: str | None) -> BaseImage:
     """Return the base that a manifest describes, its platform read from the config, which always has it."""
-    origin = manifest.config.digest
+    origin = f"{layout.directory}: {manifest.config.digest}"
     config = parse_json(layout.read_blob(manifest.config), origin=origin)
     try:
-        platform = Platform(config["os"], config["architecture"], config.get("variant"))
         diff_ids = tuple(map(str, config["rootfs"]["diff_ids"]))
         runtime, history = dict(config.get("config") or {}), tuple(map(dict, config.get("history") or ()))
     except (KeyError, TypeError, ValueError) as error:
@@ -120,7 +127,7 @@ def _read(layout: Layout, descriptor: Descriptor, manifest: Manifest, name: str 
     if len(diff_ids) != len(manifest.layers):
         raise RegistryError(f"{origin} has {len(diff_ids)} diff_ids for {len(manifest.layers)} layers")
     return BaseImage(
-        platform=platform,
+        platform=parse_platform(config, origin=origin),
         layers=tuple(FileBlob(descriptor=_layer(d), path=layout.require_blob(d)) for d in manifest.layers),
         diff_ids=diff_ids,
         runtime=runtime,

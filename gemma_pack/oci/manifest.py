@@ -120,7 +120,7 @@ class Descriptor:
             digest=_text(entry, "digest", origin),
             size_bytes=size,
             annotations=_annotations(entry, origin),
-            platform=None if platform is None else _platform(platform, origin),
+            platform=None if platform is None else parse_platform(platform, origin=origin),
             artifact_type=_optional_text(entry, "artifactType", origin),
         )
 
@@ -263,7 +263,8 @@ def _annotations(entry: Mapping[str, Any], origin: str) -> dict[str, str]:
     return annotations
 
 
-def _platform(value: Any, origin: str) -> Platform:  # noqa: ANN401 - parsed JSON
+def parse_platform(value: Any, *, origin: str) -> Platform:  # noqa: ANN401 - parsed JSON
+    """Return the platform that a descriptor or an image's configuration names; raise RegistryError for a wrong one."""
     entry = _object(value, origin, "platform")
     return Platform(
         os=_text(entry, "os", origin),

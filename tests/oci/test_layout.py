@@ -94,14 +94,11 @@ def test_damage_to_a_document_is_noticed(write_base: Callable[..., Path]) -> Non
         layout.manifests()
 
 
-def test_a_document_of_the_size_of_weights_is_not_read_into_memory(
-    tmp_path: Path, write_base: Callable[..., Path]
-) -> None:
+def test_a_document_of_the_size_of_weights_is_not_read_into_memory(write_base: Callable[..., Path]) -> None:
     layout = Layout.open(write_base())
     huge = Descriptor(media_type="x", digest=sha256_digest(b""), size_bytes=20 << 30)
     with pytest.raises(RegistryError, match="4 MiB"):
         layout.read_blob(huge)
-    assert not list(tmp_path.glob("*.partial*"))
 
 
 def test_blobs_lie_under_their_digests(tmp_path: Path) -> None:

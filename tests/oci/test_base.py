@@ -1,0 +1,114 @@
+"""Bases: the embedded one is what it says, others are read with care, and what a consumer cannot unpack is refused."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import tarfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from gemma_pack.errors import InvalidUsageError, RegistryError
+from gemma_pack.oci.base import DEFAULT_PLATFORMS, load_base
+from gemma_pack.oci.manifest import GZIP_LAYER_TYPE, LAYER_TYPE, Platform
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+AMD64, ARM64 = Platform("linux", "amd64"), Platform("linux", "arm64")
+
+
+def test_the_embedded_base_is_kserves_link_and_wait_for_both_architectures() -> None:
+    bases = load_base("embedded")
+    assert [base.platform for base in bases] == [AMD64, ARM64]
+    for base in bases:
+        assert base.runtime
+        assert base.runtime["Entrypoint"] == ["/bin/link-model-and-wait"]
+        assert base.name
+        assert base.name.startswith("quay.io/opendatahub/odh-modelcar-base-image:")
+        (layer,) = base.layers
+        data = b"".join(layer.iter_chunks())
+        assert f"sha256:{hashlib.sha256(data).hexdigest()}" == layer.descriptor.digest
+        unpacked = gzip.decompress(data)
+        assert (f"sha256:{hashlib.sha256(unpacked).hexdigest()}",) == base.diff_ids
+        with tarfile.open(fileobj=io.BytesIO(unpacked)) as tar:
+            assert "bin/link-model-and-wait" in tar.getnames()
+        assert b"".join(layer.iter_chunks(1_300_000)) == data[1_300_000:]
+
+
+def test_no_base_is_a_platform_and_nothing_else() -> None:
+    assert [base.platform for base in load_base("none")] == list(DEFAULT_PLATFORMS)
+    (base,) = load_base("none", [Platform("linux", "s390x")])
+    assert (str(base.platform), base.layers, base.runtime) == ("linux/s390x", (), None)
+
+
+def test_platforms_come_in_the_order_asked_for() -> None:
+    assert [base.platform for base in load_base("embedded", [ARM64, AMD64])] == [ARM64, AMD64]
+    with pytest.raises(InvalidUsageError, match="has no linux/s390x, only linux/amd64, linux/arm64"):
+        load_base("embedded", [AMD64, Platform("linux", "s390x")])
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [("linux/arm64", True), ("linux/arm64/v8", True), ("linux/arm64/v9", False), ("linux/arm", False)],
+)
+def test_a_variant_counts_only_when_it_is_asked_for(write_base: Callable[..., Path], asked: str, found: bool) -> None:
+    layout = str(write_base(platforms=("linux/arm64/v8",)))
+    if found:
+        (base,) = load_base(layout, [Platform.parse(asked)])
+        assert base.platform == Platform("linux", "arm64", "v8")
+    else:
+        with pytest.raises(InvalidUsageError, match="only linux/arm64/v8"):
+            load_base(layout, [Platform.parse(asked)])
+
+
+def test_dockers_layers_get_their_oci_name(write_base: Callable[..., Path]) -> None:
+    layout = write_base(tar=gzip.compress(b""), media_type="application/vnd.docker.image.rootfs.diff.tar.gzip")
+    (base,) = load_base(str(layout))
+    assert [blob.descriptor.media_type for blob in base.layers] == [GZIP_LAYER_TYPE]
+
+
+def test_layers_that_kserve_cannot_fetch_are_refused(write_base: Callable[..., Path]) -> None:
+    with pytest.raises(InvalidUsageError, match=r"tar\+zstd, which KServe's fetch mode cannot unpack") as caught:
+        load_base(str(write_base(media_type=LAYER_TYPE + "+zstd")))
+    assert caught.value.hint
+
+
+def test_attestations_beside_the_images_are_no_platform(write_base: Callable[..., Path]) -> None:
+    layout = write_base(platforms=("linux/amd64", "unknown/unknown"))
+    assert [str(base.platform) for base in load_base(str(layout))] == ["linux/amd64"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"rootfs": None}, "no configuration of an image"),
+        ({"rootfs": {"diff_ids": []}}, "0 diff_ids for 1 layers"),
+        ({"config": "x"}, "no configuration of an image"),
+        ({"history": ["x"]}, "no configuration of an image"),
+        ({"os": None}, "os is missing"),
+    ],
+)
+def test_a_base_with_a_broken_config_is_refused(
+    write_base: Callable[..., Path], config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RegistryError, match=message):
+        load_base(str(write_base(config=config)))
+
+
+def test_a_base_that_lacks_a_layer_is_refused(write_base: Callable[..., Path]) -> None:
+    layout = write_base()
+    (base,) = load_base(str(layout))
+    base.layers[0].path.unlink()
+    with pytest.raises(RegistryError, match="lacks the blob"):
+        load_base(str(layout))
+
+
+@pytest.mark.parametrize("spec", ["ubi9", "", "/does/not/exist", str(Path(__file__).parent)])
+def test_anything_else_is_refused_with_what_is_meant(spec: str) -> None:
+    with pytest.raises(InvalidUsageError, match="no OCI layout") as caught:
+        load_base(spec)
+    assert "embedded" in str(caught.value.hint)
