@@ -2,7 +2,7 @@
 
 A command hands its result to `Console.result` once, as a pydantic model or a mapping for `--format json` and
 as text for people. Long work reports through `Console.progress`: a bar on a terminal, plain lines
-every few seconds without one, nothing when quiet.
+every few seconds without one, nothing when quiet. With `--format json` each line of stderr is one JSON object.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from rich.progress import Progress, TaskID
+    from pydantic import BaseModel
+    from rich.progress import Progress, Task, TaskID
+    from rich.text import Text
 
     from gemma_pack.errors import GemmaPackError
 
@@ -31,7 +34,7 @@ _PLAIN_INTERVAL_S = 10.0
 
 
 class ProgressTask(Protocol):
-    """One long step under way."""
+    """One long step under way; threads may share it."""
 
     def advance(self, amount: float = 1) -> None:
         """Count `amount` more bytes or steps as done."""
@@ -53,7 +56,6 @@ class Reporter(Protocol):
         """Show progress of one long step until the block ends."""
 
 
-@dataclass(slots=True)
 class _SilentTask:
     def advance(self, amount: float = 1) -> None:
         del amount
@@ -64,15 +66,14 @@ class _SilentTask:
 
 @dataclass(slots=True)
 class _BarTask:
-    progress: Progress
+    bars: Progress
     task: TaskID
-    live: bool = True
 
     def advance(self, amount: float = 1) -> None:
-        self.progress.advance(self.task, amount)
+        self.bars.advance(self.task, amount)
 
     def note(self, text: str) -> None:
-        self.progress.update(self.task, note=text)
+        self.bars.update(self.task, note=text)
 
 
 @dataclass(slots=True)
@@ -81,26 +82,26 @@ class _PlainTask:
     total: float | None
     unit: Unit
     stream: TextIO
+    last_line_s: float
     done: float = 0
     remark: str = ""
-    last_line_s: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def advance(self, amount: float = 1) -> None:
-        self.done += amount
-        now = time.monotonic()
-        if now - self.last_line_s >= _PLAIN_INTERVAL_S:
-            self.last_line_s = now
-            self.write()
+        with self.lock:
+            self.done += amount
+            now = time.monotonic()
+            if now - self.last_line_s >= _PLAIN_INTERVAL_S:
+                self.last_line_s = now
+                self.write()
 
     def note(self, text: str) -> None:
         self.remark = text
 
     def write(self) -> None:
-        done = format_bytes(self.done) if self.unit == "bytes" else f"{self.done:.0f}"
-        if self.total:
-            total = format_bytes(self.total) if self.unit == "bytes" else f"{self.total:.0f}"
-            done = f"{done}/{total} ({100 * self.done / self.total:.0f} %)"
-        print(f"{self.label}: {done} {self.remark}".rstrip(), file=self.stream, flush=True)
+        done = _amount(self.done, self.total, self.unit)
+        share = f" ({100 * self.done / self.total:.0f} %)" if self.total else ""
+        print(f"{self.label}: {done}{share} {self.remark}".rstrip(), file=self.stream, flush=True)
 
 
 class Console:
@@ -117,12 +118,13 @@ class Console:
         self.format: Format = output_format
         self.stdout = stdout or sys.stdout
         self.stderr = stderr or sys.stderr
+        self._bars: Progress | None = None
 
-    def result(self, data: Mapping[str, Any] | Any, text: str) -> None:  # noqa: ANN401 - any pydantic model
+    def result(self, data: BaseModel | Mapping[str, Any], text: str) -> None:
         """Print the outcome on stdout: `data` (a pydantic model or a mapping) as JSON, or `text` for people."""
         if self.format == "json":
-            dumped = data.model_dump(mode="json") if hasattr(data, "model_dump") else data
-            text = json.dumps(dumped, indent=2, ensure_ascii=False)
+            dump = getattr(data, "model_dump", None)  # asked by name, so that --help need not import pydantic
+            text = json.dumps(dump(mode="json") if dump else data, indent=2, ensure_ascii=False)
         print(text, file=self.stdout, flush=True)
 
     def status(self, message: str) -> None:
@@ -132,7 +134,10 @@ class Console:
 
     def warn(self, message: str) -> None:
         """Say what the user should know, on stderr, in every format."""
-        self._say(f"warning: {message}", colour="33")
+        if self.format == "json":
+            self._say_json({"warning": message})
+        else:
+            self._say(f"warning: {message}", colour="33")
 
     def hint(self, message: str) -> None:
         """Say what to do next, on stderr, for people only."""
@@ -142,8 +147,7 @@ class Console:
     def error(self, error: GemmaPackError) -> None:
         """Say what failed and the remedy, on stderr; as one JSON object with `--format json`."""
         if self.format == "json":
-            report = {"error": {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}}
-            self._say(json.dumps(report, ensure_ascii=False))
+            self._say_json({"error": {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}})
             return
         self._say(f"error: {error.message}", colour="31")
         if error.hint:
@@ -157,9 +161,19 @@ class Console:
         """
         if self.format != "human":
             yield _SilentTask()
+        elif self._bars:  # a step inside a step: a terminal has one live display
+            bars, inner = self._bars, _add_bar(self._bars, label, total, unit)
+            try:
+                yield inner
+            finally:
+                bars.remove_task(inner.task)
         elif self._is_terminal():
-            with _bar(self.stderr, unit) as progress:
-                yield _BarTask(progress, progress.add_task(label, total=total, note=""))
+            with _bars(self.stderr) as bars:
+                self._bars = bars
+                try:
+                    yield _add_bar(bars, label, total, unit)
+                finally:
+                    self._bars = None
         else:
             task = _PlainTask(label, total, unit, self.stderr, last_line_s=time.monotonic())
             yield task
@@ -168,43 +182,62 @@ class Console:
     def _is_terminal(self) -> bool:
         return self.stderr.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
 
+    def _coloured(self) -> bool:
+        """Honour no-color.org first, then force-color.org, then what the terminal can do."""
+        if os.environ.get("NO_COLOR"):
+            return False
+        return bool(os.environ.get("FORCE_COLOR")) or (self.stderr.isatty() and os.environ.get("TERM") != "dumb")
+
     def _say(self, line: str, colour: str | None = None) -> None:
-        coloured = (self.stderr.isatty() and not os.environ.get("NO_COLOR")) or bool(os.environ.get("FORCE_COLOR"))
-        if colour and coloured and self.format == "human":
+        if colour and self._coloured():
             head, separator, rest = line.partition(": ")
             line = f"\033[{colour}m{head}{separator.rstrip()}\033[0m {rest}"
-        print(line, file=self.stderr, flush=True)
+        if self._bars:
+            self._bars.console.out(line, highlight=False)  # above the bars, which stay whole
+        else:
+            print(line, file=self.stderr, flush=True)
+
+    def _say_json(self, message: Mapping[str, Any]) -> None:
+        self._say(json.dumps(message, ensure_ascii=False))
 
 
-def _bar(stream: TextIO, unit: Unit) -> Progress:
-    """Build the bar for a terminal; rich is imported here because most commands never draw one."""
+def _bars(stream: TextIO) -> Progress:
+    """Build the display of bars for a terminal; rich is imported here because most commands never draw one."""
     from rich.console import Console as RichConsole
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+    from rich.text import Text
+
+    class AmountColumn(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            unit: Unit = task.fields["unit"]
+            speed = f" {format_bytes(task.speed)}/s" if unit == "bytes" and task.speed else ""
+            return Text(_amount(task.completed, task.total, unit) + speed)
+
+    return Progress(
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=None),  # as wide as the rest leaves it
+        AmountColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
+        console=RichConsole(file=stream),
     )
 
-    amount = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn()]
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        *amount,
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=RichConsole(file=stream),
-        expand=False,
-    )
+
+def _add_bar(bars: Progress, label: str, total: float | None, unit: Unit) -> _BarTask:
+    return _BarTask(bars, bars.add_task(label, total=total, unit=unit, note=""))
+
+
+def _amount(done: float, total: float | None, unit: Unit) -> str:
+    """Write how much of a step is done, such as `3/18` or `1.20 MB/4.00 MB`."""
+    parts = [done] if total is None else [done, total]
+    return "/".join(format_bytes(part) if unit == "bytes" else f"{part:.0f}" for part in parts)
 
 
 def format_bytes(size_bytes: float) -> str:
     """Write a size in decimal units, as registries and disks are sold: 1 GB = 10⁹ bytes."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(size_bytes) >= scale:
+        if abs(size_bytes) >= 0.999995 * scale:  # what two decimals round up to 1.00
             return f"{size_bytes / scale:.2f} {unit}"
     return f"{size_bytes:.0f} B"
 
@@ -214,7 +247,7 @@ def table(rows: Sequence[Sequence[str]], *, header: Sequence[str] | None = None)
     cells = [list(header), *map(list, rows)] if header else list(map(list, rows))
     if not cells:
         return ""
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
         for row in cells
