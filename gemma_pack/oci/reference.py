@@ -95,6 +95,20 @@ def parse_reference(text: str) -> Reference:
     return Reference(host=host, repository=repository, tag=tag or None, digest=digest or None)
 
 
+def repository_on(host: str, text: str) -> str:
+    """Return the repository that `text`, with or without `host` before it, names on `host`.
+
+    Raises:
+        InvalidUsageError: it is no repository, or is on another registry.
+    """
+    repository = text.removeprefix(f"{host}/")
+    if not _REPOSITORY.fullmatch(repository):
+        raise InvalidUsageError(
+            f"{text!r} is not a repository of {host}", hint=f"write {host}/team/name, without a tag"
+        )
+    return repository
+
+
 def host_name(host: str) -> str:
     """Return `host` without its port and without the brackets of an IPv6 address."""
     if host.startswith("["):

@@ -6,13 +6,17 @@ import hashlib
 import io
 import json
 import os
+import random
 import tarfile
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from gemma_pack.checkpoint import TensorInfo, read_header, write_index, write_safetensors
+from gemma_pack.console import Console
 from gemma_pack.oci.layout import create_layout
 from gemma_pack.oci.manifest import (
     CONFIG_TYPE,
@@ -26,9 +30,13 @@ from gemma_pack.oci.manifest import (
     encode_json,
     sha256_digest,
 )
+from gemma_pack.oci.package import package
+from tests.oci.faulty import Faulty, faulty_registry
+from tests.oci.registry import Registry as RealRegistry
+from tests.oci.registry import running_registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 SCHEMAS = Path(os.environ.get("GEMMA_PACK_SCHEMAS", Path(__file__).parents[3] / "shared/schemas"))
 """Where the published schemas lie, if anywhere: they are not a part of the project."""
@@ -88,10 +96,28 @@ def unpack() -> Callable[[Path, str], dict[str, Member]]:
                 for info in tar:
                     stream = tar.extractfile(info) if info.isreg() else None
                     content = hashlib.sha256(stream.read() if stream else b"").hexdigest()
-                    members[info.name] = Member(info.type, info.mode, (info.uid, info.gid), content)
+                    members[info.name] = Member(info.type, info.mode & 0o7777, (info.uid, info.gid), content)
         return members
 
     return read
+
+
+@dataclass(frozen=True)
+class ContainerStorage:
+    """Where podman and buildah keep images during a test: `options` for them, `prefix` for skopeo."""
+
+    options: tuple[str, ...]
+    prefix: str
+
+
+@pytest.fixture
+def container_storage() -> Iterator[ContainerStorage]:
+    """Yield storage of its own for podman, buildah and skopeo, under a short path: podman takes 50 characters at most."""
+    if os.geteuid() != 0:
+        pytest.skip("the storage of containers needs root")
+    with tempfile.TemporaryDirectory(prefix="store-") as place:
+        options = ("--root", f"{place}/root", "--runroot", f"{place}/run", "--storage-driver", "vfs")
+        yield ContainerStorage(options, f"containers-storage:[vfs@{place}/root+{place}/run]")
 
 
 @pytest.fixture
@@ -136,3 +162,55 @@ def write_base(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return write
+
+
+@pytest.fixture
+def registry(tool: Callable[[str], str], tmp_path: Path) -> Iterator[RealRegistry]:
+    """Run docker-registry on loopback, open to everyone."""
+    (tmp_path / "registry").mkdir()
+    with running_registry(tool("docker-registry"), tmp_path / "registry") as running:
+        yield running
+
+
+@pytest.fixture
+def faulty() -> Iterator[Faulty]:
+    """Run a registry that can be told to misbehave."""
+    with faulty_registry() as state:
+        yield state
+
+
+@pytest.fixture
+def model(raw_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
+    """Return a function that writes a checkpoint of `shards` shards, each with `size_bytes` of its own weights."""
+
+    def write(name: str = "model", *, shards: int = 2, size_bytes: int = 1 << 20) -> Path:
+        directory = raw_checkpoint(name, shards=shards)
+        infos: list[TensorInfo] = []
+        for number, path in enumerate(sorted(directory.glob("*.safetensors")), 1):
+            data = random.Random(f"{name} {number}").randbytes(size_bytes)  # noqa: S311 - test data
+            write_safetensors(path, [(f"layers.{number}.weight", "U8", (size_bytes,), lambda data=data: data)])
+            infos += read_header(path)
+        write_index(directory, infos)
+        return directory
+
+    return write
+
+
+@pytest.fixture
+def layout(tmp_path: Path, model: Callable[..., Path]) -> Callable[..., Path]:
+    """Return a function that writes a checkpoint as `model` does and packages it as the layout NAME.oci."""
+
+    def write(name: str = "model", **options: int) -> Path:
+        target = tmp_path / f"{name}.oci"
+        package(model(name, **options), target, reporter=Console("quiet"))
+        return target
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def no_logins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keep the tests away from the logins and proxies of whoever runs them."""
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy", "SSL_CERT_FILE"):
+        monkeypatch.delenv(name, raising=False)

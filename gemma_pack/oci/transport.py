@@ -1,0 +1,450 @@
+"""HTTP to one registry: who may see the login, what is tried again, and which sentence an error becomes.
+
+Plain HTTP only on this machine or when asked for. The Authorization header goes to the registry's own origin
+and nowhere else, whatever a Location says. What a registry or a proxy may do for a moment (408, 429, 5xx, a lost
+connection) is tried again after growing, jittered pauses, or the pause that Retry-After asks for; a host that never
+answered is not.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import os
+import random
+import ssl
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import httpx
+
+from gemma_pack import __version__
+from gemma_pack.errors import InvalidUsageError, OfflineError, RegistryError
+from gemma_pack.oci.auth import Authenticator, Scopes, login_error
+from gemma_pack.oci.credentials import find_credentials
+from gemma_pack.oci.manifest import MAX_DOCUMENT_BYTES
+from gemma_pack.oci.reference import is_loopback
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+    from pathlib import Path
+    from typing import TypeVar
+
+    from gemma_pack.oci.reference import Reference
+
+    T = TypeVar("T")
+
+TRANSIENT: Final = frozenset({408, 429, 500, 502, 503, 504})
+MAX_REDIRECTS: Final = 5
+_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+
+
+class AnswerError(RegistryError):
+    """The registry answered with an error; `status` is 0 where the connection broke before an answer."""
+
+    def __init__(
+        self, message: str, *, status: int = 0, hint: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        """Keep what decides whether, when and how to try again."""
+        super().__init__(message, hint=hint)
+        self.status = status
+        self.retry_after_s = retry_after_s
+        self.final = False
+        """Patience has ended: it was tried often enough."""
+
+    @property
+    def transient(self) -> bool:
+        """Whether the same request may succeed a little later."""
+        return not self.final and (self.status == 0 or self.status in TRANSIENT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """How often and how patiently to try again: exponential backoff with full jitter, bounded.
+
+    Source: "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+    """
+
+    attempts: int = 6
+    base_s: float = 0.5
+    cap_s: float = 20.0
+    patience_s: float = 300.0
+    """The longest Retry-After that is waited for."""
+    uniform: Callable[[float, float], float] = random.uniform
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Ends all waiting at once: another thread failed, or the user interrupted."""
+
+    def pause(self, attempt: int, error: AnswerError) -> None:
+        """Wait before the try after `attempt` (1 is the first); raise `error` where no more are left."""
+        asked_s = error.retry_after_s or 0.0
+        error.final = attempt >= self.attempts or asked_s > self.patience_s
+        if error.final:
+            raise error
+        backoff_s = self.uniform(self.base_s / 2, min(self.cap_s, self.base_s * 2**attempt))
+        if self.stop.wait(max(asked_s, backoff_s)):
+            raise error
+
+    def run(self, action: Callable[[], T]) -> T:
+        """Return what `action` returns, trying again after each transient error."""
+        attempt = 1
+        while True:
+            try:
+                return action()
+            except AnswerError as error:
+                if not error.transient:
+                    raise
+                self.pause(attempt, error)
+            attempt += 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """Seconds of silence after which a connection counts as broken."""
+
+    connect_s: float = 10.0
+    silence_s: float = 60.0
+    """While bytes move, in either direction."""
+    commit_s: float = 900.0
+    """After the last byte of a blob: registries hash and copy many gigabytes before they answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A response whose body, at most 4 MiB, was read."""
+
+    status: int
+    headers: httpx.Headers = field(repr=False)
+    body: bytes = field(repr=False)
+    url: httpx.URL
+
+
+class Transport:
+    """Sends requests to one registry, for the scopes that each of them needs. Threads may share it."""
+
+    def __init__(
+        self,
+        reference: Reference,
+        *,
+        plain_http: bool = False,
+        ca_file: Path | None = None,
+        retry: Retry | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> None:
+        """Prepare to speak to the registry of `reference`; nothing is sent yet.
+
+        Args:
+            reference: names the registry, and the repository whose login is looked up.
+            plain_http: speak HTTP without TLS. On loopback that is the default, unless `ca_file` is given.
+            ca_file: PEM certificates to trust besides those of the system.
+            retry: patience with a registry that fails for a moment.
+            timeouts: when silence counts as failure.
+
+        Raises:
+            InvalidUsageError: `ca_file` holds no certificate.
+        """
+        self.host = reference.host
+        self.retry = retry or Retry()
+        self.timeouts = timeouts or Timeouts()
+        plain = plain_http or (reference.is_loopback and ca_file is None)
+        self.base = httpx.URL(f"{'http' if plain else 'https'}://{reference.api_host}")
+        direct: dict[str, httpx.BaseTransport | None] = {f"all://{self.base.netloc.decode()}": None}
+        self._http = httpx.Client(
+            verify=True if plain and ca_file is None else _trust(ca_file),
+            headers={"User-Agent": f"gemma-pack/{__version__}", "Accept-Encoding": "identity"},
+            mounts=direct if reference.is_loopback else None,  # no proxy reaches this machine's own loopback
+            limits=httpx.Limits(max_connections=None),
+        )
+        self._auth = Authenticator(
+            self.host,
+            send=self._ask_realm,
+            find_login=lambda: find_credentials(reference),
+            plain_http=plain_http,
+        )
+        self._reached = False
+
+    def close(self) -> None:
+        """End all waiting and close all connections."""
+        self.retry.stop.set()
+        self._http.close()
+
+    def request(
+        self,
+        method: str,
+        url: httpx.URL,
+        *,
+        expected: Collection[int],
+        scopes: Scopes = (),
+        headers: Mapping[str, str] | None = None,
+        content: bytes = b"",
+        fresh_for_s: float = 0.0,
+        patient: bool = False,
+    ) -> Answer:
+        """Send a request that may be repeated, and return an answer whose status is one of `expected`.
+
+        `fresh_for_s` is for how long the token must still be valid; `patient` waits long enough for a commit.
+
+        Raises:
+            AnswerError: the registry answered otherwise, at last.
+            AccessError: it wants another login.
+            OfflineError: it cannot be reached.
+        """
+
+        def once() -> Answer:
+            response = self._authorized(
+                method,
+                url,
+                scopes=scopes,
+                headers=headers or {},
+                content=content,
+                fresh_for_s=fresh_for_s,
+                read_s=self.timeouts.commit_s if patient else self.timeouts.silence_s,
+            )
+            return self._checked(self._read(response), expected)
+
+        return self.retry.run(once)
+
+    def upload(
+        self,
+        method: str,
+        url: httpx.URL,
+        body: Iterable[bytes],
+        *,
+        size_bytes: int,
+        expected: Collection[int],
+        scopes: Scopes,
+        headers: Mapping[str, str],
+        fresh_for_s: float = 0.0,
+    ) -> Answer:
+        """Send `size_bytes` of a body that can be read only once; the caller decides about another try.
+
+        Raises:
+            AnswerError: the connection broke (status 0), or the registry answered otherwise. A status of 401
+                means that the token ended on the way; the next request shows a new one.
+        """
+        shown = self._authorization(url, scopes, fresh_for_s)
+        request = self._http.build_request(
+            method,
+            url,
+            content=body,
+            headers={**headers, **_authorization_header(shown), "Content-Length": str(size_bytes)},
+            timeout=self._timeout(self.timeouts.commit_s),
+        )
+        answer = self._read(self._exchange(request))
+        if answer.status == 401 and self._auth.refused(answer.headers.get("www-authenticate", ""), scopes, shown):
+            raise AnswerError(f"{self.host} let the login expire in mid-upload", status=401)
+        return self._checked(answer, expected)
+
+    @contextmanager
+    def stream(
+        self, url: httpx.URL, *, expected: Collection[int], scopes: Scopes, headers: Mapping[str, str]
+    ) -> Iterator[httpx.Response]:
+        """Open a GET whose body the caller reads; an error while reading it is the caller's to turn, by `broken`."""
+
+        def once() -> httpx.Response:
+            response = self._authorized("GET", url, scopes=scopes, headers=headers, read_s=self.timeouts.silence_s)
+            if response.status_code not in expected:
+                self._checked(self._read(response), expected)
+            return response
+
+        response = self.retry.run(once)
+        try:
+            yield response
+        finally:
+            response.close()
+
+    def broken(self, error: httpx.TransportError) -> AnswerError:
+        """Return the error that a connection lost in mid-body becomes."""
+        host = error.request.url.netloc.decode()
+        return AnswerError(f"the connection to {host} broke: {str(error) or type(error).__name__}")
+
+    def _ask_realm(self, request: httpx.Request) -> Answer:
+        def once() -> Answer:
+            answer = self._read(self._exchange(request))
+            return self._checked(answer, () if answer.status in TRANSIENT else (answer.status,))
+
+        return self.retry.run(once)
+
+    def _authorized(
+        self,
+        method: str,
+        url: httpx.URL,
+        *,
+        scopes: Scopes,
+        headers: Mapping[str, str],
+        read_s: float,
+        content: bytes = b"",
+        fresh_for_s: float = 0.0,
+    ) -> httpx.Response:
+        """Send a request, once more if a new token may help, and follow redirects of reading requests."""
+        renewed = False
+        for _ in range(MAX_REDIRECTS + 2):
+            shown = self._authorization(url, scopes, fresh_for_s)
+            request = self._http.build_request(
+                method,
+                url,
+                content=content,
+                headers={**headers, **_authorization_header(shown)},
+                timeout=self._timeout(read_s),
+            )
+            response = self._exchange(request)
+            if response.status_code == 401 and not renewed and self._is_own(url):
+                challenge = response.headers.get("www-authenticate", "")
+                if self._auth.refused(challenge, scopes, shown):
+                    self._read(response)
+                    renewed = True
+                    continue
+            if response.status_code not in _REDIRECTS or method not in {"GET", "HEAD"}:
+                return response
+            url = self.resolve(url, response.headers.get("location", ""))
+            self._read(response)
+        raise RegistryError(f"{self.host} redirects in circles")
+
+    def resolve(self, url: httpx.URL, location: str) -> httpx.URL:
+        """Return where a Location, relative or not, in the answer to `url` leads.
+
+        Raises:
+            RegistryError: there is none, or it leads from https to plain http.
+        """
+        try:
+            target = url.join(location)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise RegistryError(f"{self.host} sent a broken Location header") from error
+        if not location or target.scheme not in {"http", "https"} or not target.host:
+            raise RegistryError(f"{self.host} sent no usable Location header")
+        if url.scheme == "https" and target.scheme == "http" and not is_loopback(target.host):
+            raise RegistryError(
+                f"{self.host} leads from https to plain http at {target.host}",
+                hint="a proxy in front of it must pass on X-Forwarded-Proto: https",
+            )
+        return target
+
+    def _authorization(self, url: httpx.URL, scopes: Scopes, fresh_for_s: float) -> str | None:
+        return self._auth.header(scopes, fresh_for_s) if scopes and self._is_own(url) else None
+
+    def _is_own(self, url: httpx.URL) -> bool:
+        return (url.scheme, url.netloc) == (self.base.scheme, self.base.netloc)
+
+    def _timeout(self, read_s: float) -> httpx.Timeout:
+        times = self.timeouts
+        return httpx.Timeout(connect=times.connect_s, read=read_s, write=times.silence_s, pool=None)
+
+    def _exchange(self, request: httpx.Request) -> httpx.Response:
+        """Send one request and return the response with its body unread."""
+        try:
+            response = self._http.send(request, stream=True)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            if self._reached and _tls_error(error) is None:
+                raise self.broken(error) from error
+            raise _unreachable(request.url, error) from error
+        except httpx.ProxyError as error:
+            raise OfflineError(f"the proxy refused the way to {request.url.host}: {error}") from error
+        except httpx.TransportError as error:
+            raise self.broken(error) from error
+        self._reached = True
+        return response
+
+    def _read(self, response: httpx.Response) -> Answer:
+        body = bytearray()
+        try:
+            for piece in response.iter_bytes():
+                body += piece
+                if len(body) > MAX_DOCUMENT_BYTES:
+                    raise RegistryError(f"{self.host} answered with more than 4 MiB where a document was expected")
+        except httpx.TransportError as error:
+            raise self.broken(error) from error
+        except httpx.DecodingError as error:
+            raise RegistryError(f"{self.host} sent an answer that does not decode") from error
+        finally:
+            response.close()
+        url = response.request.url
+        return Answer(status=response.status_code, headers=response.headers, body=bytes(body), url=url)
+
+    def _checked(self, answer: Answer, expected: Collection[int]) -> Answer:
+        if answer.status in expected:
+            return answer
+        reason = _reason(answer)
+        if answer.status == 401:
+            raise login_error(self.host, f"{self.host} wants a login for this{reason}")
+        if answer.status == 403 and self._is_own(answer.url):
+            raise login_error(self.host, f"{self.host} does not allow this{reason}")
+        raise AnswerError(
+            f"{answer.url.host} answered {answer.status} to {answer.url.path}{reason}",
+            status=answer.status,
+            retry_after_s=_retry_after_s(answer.headers.get("retry-after", "")),
+        )
+
+
+def _authorization_header(shown: str | None) -> dict[str, str]:
+    return {"Authorization": shown} if shown else {}
+
+
+def _trust(ca_file: Path | None) -> ssl.SSLContext:
+    """Trust certifi's roots and what the system trusts (or SSL_CERT_FILE, SSL_CERT_DIR in their place), and `ca_file`.
+
+    A company's own CA is in the system's store, where httpx by itself would not look.
+    """
+    context = httpx.create_ssl_context()
+    if not (os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")):
+        context.load_default_certs()
+    if ca_file is not None:
+        try:
+            context.load_verify_locations(ca_file)
+        except OSError as error:  # ssl.SSLError is one
+            raise InvalidUsageError(
+                f"{ca_file} holds no PEM certificates", hint="pass the CA's .pem or .crt"
+            ) from error
+    return context
+
+
+def _unreachable(url: httpx.URL, error: httpx.TransportError) -> RegistryError | OfflineError:
+    tls = _tls_error(error)
+    if isinstance(tls, ssl.SSLCertVerificationError):
+        return RegistryError(
+            f"{url.host} shows a certificate that is not trusted: {tls.verify_message}",
+            hint="--ca-file names the CA that signed it",
+        )
+    if tls is not None:
+        return RegistryError(
+            f"{url.netloc.decode()} does not speak TLS: {tls.reason or tls}",
+            hint="--plain-http speaks HTTP without encryption",
+        )
+    return OfflineError(
+        f"{url.netloc.decode()} cannot be reached: {str(error) or 'no answer'}",
+        hint="check the name, the network, and HTTPS_PROXY if there is a proxy",
+    )
+
+
+def _tls_error(error: BaseException) -> ssl.SSLError | None:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _reason(answer: Answer) -> str:
+    """Return ": " and what a distribution error body says, cleaned of what a terminal would obey; "" for others.
+
+    The format is `{"errors": [{"code": …, "message": …}]}` (distribution-spec, "Error Codes").
+    """
+    try:
+        errors: list[Any] = json.loads(answer.body)["errors"]
+        parts = [f"{error.get('code', '')} {error.get('message', '')}".strip() for error in errors]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return ""
+    text = "".join(c if c.isprintable() else " " for c in "; ".join(parts))
+    return f": {text[:300]}" if text else ""
+
+
+def _retry_after_s(value: str) -> float | None:
+    """Read Retry-After: seconds, or a date (RFC 9110, 10.2.3)."""
+    if value.isascii() and value.isdigit():
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None
