@@ -35,13 +35,12 @@ Examples:
 )
 @click.option(
     "--platform",
-    "platforms",
     multiple=True,
     metavar="OS/ARCH",
     help="For which platform; may be given several times.  [default: all that the base has]",
 )
 @with_console
-def command(directory: Path, output: Path | None, base: str, platforms: tuple[str, ...], console: Console) -> None:
+def command(directory: Path, output: Path | None, base: str, platform: tuple[str, ...], console: Console) -> None:
     """Pack a checkpoint as an OCI modelcar image, in a layout on disk.
 
     The files come to lie under /models, one uncompressed layer a shard, so that all variants and platforms share what
@@ -51,7 +50,7 @@ def command(directory: Path, output: Path | None, base: str, platforms: tuple[st
 
     named = directory if directory.name not in {"", ".."} else directory.resolve()
     target = output or named.with_name(f"{named.name}.oci")
-    wanted = [_platform(text) for text in dict.fromkeys(platforms)]
+    wanted = [_platform(text) for text in dict.fromkeys(platform)]
     result = package(directory, target, base=base, platforms=wanted, reporter=console)
     console.result(result, _text(result))
     if base == "none":
