@@ -111,10 +111,11 @@ class ContainerStorage:
 
 
 @pytest.fixture
-def container_storage() -> Iterator[ContainerStorage]:
-    """Yield storage of its own for podman, buildah and skopeo, under a short path: podman takes 50 characters at most."""
+def container_storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[ContainerStorage]:
+    """Yield storage of its own for podman, buildah and skopeo, under a short path: podman takes 50 characters."""
     if os.geteuid() != 0:
         pytest.skip("the storage of containers needs root")
+    monkeypatch.delenv("REGISTRY_AUTH_FILE", raising=False)  # buildah wants the file to exist
     with tempfile.TemporaryDirectory(prefix="store-") as place:
         options = ("--root", f"{place}/root", "--runroot", f"{place}/run", "--storage-driver", "vfs")
         yield ContainerStorage(options, f"containers-storage:[vfs@{place}/root+{place}/run]")
@@ -214,3 +215,14 @@ def no_logins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy", "SSL_CERT_FILE"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def store_login(tmp_path: Path) -> Callable[..., None]:
+    """Return a function that stores a login where the tests look for logins."""
+
+    def store(host: str, words: str = "open sesame") -> None:
+        login = {"username": "hilbert", "password": words}
+        (tmp_path / "auth.json").write_text(json.dumps({"auths": {host: login}}))
+
+    return store

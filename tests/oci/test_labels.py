@@ -33,7 +33,6 @@ RECORD = Record(
         recipe_sha256="1" * 64,
         scheme="int4 weights in groups of 128",
         algorithm="gptq",
-        seed=0,
         device="cpu",
         versions={},
         untouched=UntouchedProof(changed=(), untouched=3, sha256="2" * 64),
