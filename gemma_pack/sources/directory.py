@@ -9,7 +9,8 @@ from gemma_pack.checkpoint import INDEX_NAME, Checkpoint
 from gemma_pack.errors import CheckpointError
 from gemma_pack.gemma import require_bfloat16, require_supported
 from gemma_pack.record import SourceRecord
-from gemma_pack.sources.files import digest_files, is_wanted, recorded_source
+from gemma_pack.sources.files import digest_files, is_wanted
+from gemma_pack.sources.kept import recorded_source
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from gemma_pack.checkpoint import INDEX_NAME, file_sha256
-from gemma_pack.record import FileDigest, read_record
+from gemma_pack.record import FileDigest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
     from gemma_pack.console import Reporter
-    from gemma_pack.record import SourceRecord
 
 _WANTED: Final = frozenset(
     {
@@ -51,19 +50,3 @@ def digest_files(paths: Iterable[Path], reporter: Reporter) -> tuple[FileDigest,
             FileDigest(path=path.name, sha256=file_sha256(path, task.advance), size_bytes=path.stat().st_size)
             for path in ordered
         )
-
-
-def recorded_source(directory: Path) -> SourceRecord | None:
-    """Return the source that the record in `directory` names, if its files are there in their recorded sizes.
-
-    None where there is no record, where it describes a quantized variant, or where a file is missing or of another
-    size.
-    """
-    record = read_record(directory)
-    if record is None or record.quantization is not None:
-        return None
-    for file in record.source.files:
-        path = directory / file.path
-        if not path.is_file() or path.stat().st_size != file.size_bytes:
-            return None
-    return record.source

@@ -1,0 +1,90 @@
+"""Where fetched checkpoints are kept, and how a later call finds one again without work."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemma_pack.errors import InvalidUsageError
+from gemma_pack.record import read_record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gemma_pack.console import Reporter
+    from gemma_pack.record import SourceRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint that is ready to be quantized, and where it came from."""
+
+    directory: Path
+    record: SourceRecord
+    fetched: bool
+    """False where it was there already."""
+
+
+def cache_directory() -> Path:
+    """Return where fetched checkpoints are kept: $GEMMA_PACK_CACHE, else gemma-pack in the user's cache."""
+    if configured := os.environ.get("GEMMA_PACK_CACHE"):
+        return Path(configured)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma-pack"
+
+
+def recorded_source(directory: Path) -> SourceRecord | None:
+    """Return the source that the record in `directory` names, if its files are there in their recorded sizes.
+
+    None where there is no record, where it describes a quantized variant, or where a file is missing or of another
+    size.
+
+    Raises:
+        CheckpointError: there is a record, and it is broken.
+    """
+    record = read_record(directory)
+    if record is None or record.quantization is not None:
+        return None
+    for file in record.source.files:
+        path = directory / file.path
+        if not path.is_file() or path.stat().st_size != file.size_bytes:
+            return None
+    return record.source
+
+
+def find_kept(directory: Path, kind: str, model_id: str, commit: str | None = None) -> Source | None:
+    """Return the checkpoint in `directory` if it is whole and this model, at `commit` where one is given."""
+    record = recorded_source(directory) if directory.is_dir() else None
+    if record is None or (record.kind, record.model_id) != (kind, model_id):
+        return None
+    return Source(directory, record, fetched=False) if commit in (None, record.revision) else None
+
+
+def keep(
+    directory: Path,
+    find: Callable[[], Source | None],
+    fetch: Callable[[], SourceRecord],
+    *,
+    disposable: bool,
+    reporter: Reporter,
+) -> Source:
+    """Return what `find` finds in `directory`, or fetch it there.
+
+    What is in the way in a `disposable` directory, one of our cache, is removed.
+
+    Raises:
+        InvalidUsageError: something else is in the way.
+    """
+    if found := find():
+        return found
+    if disposable and directory.exists():
+        reporter.warn(f"{directory} is damaged and is fetched again")
+        shutil.rmtree(directory)
+    try:
+        return Source(directory, fetch(), fetched=True)
+    except InvalidUsageError:
+        if found := find():  # another process was faster
+            return found
+        raise
