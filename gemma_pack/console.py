@@ -31,6 +31,8 @@ Unit = Literal["bytes", "steps"]
 
 _PLAIN_INTERVAL_S = 10.0
 """Without a terminal, one progress line at most this often."""
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""A name inside a downloaded file must not steer the terminal that shows it."""
 
 
 class ProgressTask(Protocol):
@@ -125,7 +127,7 @@ class Console:
         if self.format == "json":
             dump = getattr(data, "model_dump", None)  # asked by name, so that --help need not import pydantic
             text = json.dumps(dump(mode="json") if dump else data, indent=2, ensure_ascii=False)
-        print(text, file=self.stdout, flush=True)
+        print(text.translate(_CONTROL), file=self.stdout, flush=True)
 
     def status(self, message: str) -> None:
         """Say what happens now, on stderr, for people only."""
@@ -189,6 +191,7 @@ class Console:
         return bool(os.environ.get("FORCE_COLOR")) or (self.stderr.isatty() and os.environ.get("TERM") != "dumb")
 
     def _say(self, line: str, colour: str | None = None) -> None:
+        line = line.translate(_CONTROL)
         if colour and self._coloured():
             head, separator, rest = line.partition(": ")
             line = f"\033[{colour}m{head}{separator.rstrip()}\033[0m {rest}"

@@ -104,6 +104,14 @@ def test_an_error_is_said_even_when_quiet():
     assert quiet.err == "error: no GPU\nhint: use one\n"
 
 
+def test_a_name_from_a_downloaded_file_cannot_steer_the_terminal():
+    human = Streams()
+    human.console.error(MachineError("no \033]0;owned\007 tensor\r\x9b2J\ntwo lines"))
+    human.console.result({}, "\033[2Jcell\tcell")
+    assert human.err == "error: no \\x1b]0;owned\\x07 tensor\\x0d\\x9b2J\ntwo lines\n"
+    assert human.out == "\\x1b[2Jcell\tcell\n"
+
+
 @pytest.mark.parametrize(
     ("variables", "coloured"),
     [

@@ -1,0 +1,93 @@
+"""Writing that leaves nothing half-made: directories that appear whole, files that are replaced in one step.
+
+What is written here has reached the disk before its name has, so that a machine that loses power leaves it
+whole or not there, as an error or Ctrl-C does.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemma_pack.console import format_bytes
+from gemma_pack.errors import InvalidUsageError, MachineError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def staged_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty directory beside `target` that becomes `target` when the block ends without an error.
+
+    Files get mode 0644 and directories 0755, so that a server under another user can read them, and are on the disk
+    before the name is: a machine that loses power leaves the target whole or not there, too.
+
+    Raises:
+        InvalidUsageError: `target` exists already and is not an empty directory.
+    """
+    refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        yield staging
+        for path in (*staging.rglob("*"), staging):
+            if not path.is_symlink():  # what a link points to is not ours
+                path.chmod(0o755 if path.is_dir() else 0o644)
+                _flush(path)
+        try:
+            staging.rename(target)
+        except OSError:
+            refuse_existing(target)  # another process put something there meanwhile
+            raise
+        _flush(target.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def refuse_existing(target: Path) -> None:
+    """Raise InvalidUsageError if `target` exists and is anything but an empty directory, or the one we are in."""
+    empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
+    if os.path.lexists(target) and (not empty or target.samefile(Path.cwd())):
+        raise InvalidUsageError(f"{target} is in the way", hint="choose another directory with -o, or remove it first")
+
+
+def require_space(target: Path, size_bytes: int) -> None:
+    """Raise MachineError unless the disk that will hold `target` has `size_bytes` free."""
+    existing = next(place for place in (target, *target.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size_bytes:
+        raise MachineError(
+            f"{target} needs {format_bytes(size_bytes)} and the disk has {format_bytes(free)} free",
+            hint="free some space, or choose a directory on another disk with -o",
+        )
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace `path` by a file that holds `data`, in one step, mode 0644, on the disk before the name is."""
+    encoded = data.encode() if isinstance(data, str) else data
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(encoded)
+            stream.flush()
+            os.fsync(descriptor)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _flush(path: Path) -> None:
+    """Wait until what was written to a file or a directory is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
