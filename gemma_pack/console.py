@@ -31,8 +31,8 @@ Unit = Literal["bytes", "steps"]
 
 _PLAIN_INTERVAL_S = 10.0
 """Without a terminal, one progress line at most this often."""
-_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""A name inside a downloaded file must not steer the terminal that shows it."""
+_CONTROL = {code: f"\\u{code:04x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""A name inside a downloaded file must not steer the terminal that shows it; JSON knows these escapes too."""
 
 
 class ProgressTask(Protocol):

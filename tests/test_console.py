@@ -108,8 +108,12 @@ def test_a_name_from_a_downloaded_file_cannot_steer_the_terminal():
     human = Streams()
     human.console.error(MachineError("no \033]0;owned\007 tensor\r\x9b2J\ntwo lines"))
     human.console.result({}, "\033[2Jcell\tcell")
-    assert human.err == "error: no \\x1b]0;owned\\x07 tensor\\x0d\\x9b2J\ntwo lines\n"
-    assert human.out == "\\x1b[2Jcell\tcell\n"
+    assert human.err == "error: no \\u001b]0;owned\\u0007 tensor\\u000d\\u009b2J\ntwo lines\n"
+    assert human.out == "\\u001b[2Jcell\tcell\n"
+    program = Streams("json")
+    program.console.result({"name": "\x9b2J\x7f"}, "unused")
+    assert '"\\u009b2J\\u007f"' in program.out
+    assert json.loads(program.out) == {"name": "\x9b2J\x7f"}
 
 
 @pytest.mark.parametrize(
