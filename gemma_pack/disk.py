@@ -35,19 +35,28 @@ def staged_directory(target: Path) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         yield staging
-        for path in (*staging.rglob("*"), staging):
-            if not path.is_symlink():  # what a link points to is not ours
-                path.chmod(0o755 if path.is_dir() else 0o644)
-                _flush(path)
-        try:
-            staging.rename(target)
-        except OSError:
-            refuse_existing(target)  # another process put something there meanwhile
-            raise
-        _flush(target.parent)
+        publish(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def publish(staging: Path, target: Path) -> None:
+    """Turn the finished directory `staging` into `target`, beside it, readable by all and on the disk before its name.
+
+    Raises:
+        InvalidUsageError: `target` exists and is not an empty directory.
+    """
+    for path in (*staging.rglob("*"), staging):
+        if not path.is_symlink():  # what a link points to is not ours
+            path.chmod(0o755 if path.is_dir() else 0o644)
+            _flush(path)
+    try:
+        staging.rename(target)
+    except OSError:
+        refuse_existing(target)  # another process put something there meanwhile
+        raise
+    _flush(target.parent)
 
 
 def refuse_existing(target: Path) -> None:

@@ -14,16 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from gemma_pack.checkpoint import (
-    READ_BYTES,
-    SINGLE_NAME,
-    file_sha256,
-    require_space,
-    staged_directory,
-    write_safetensors,
-)
+from gemma_pack.checkpoint import SINGLE_NAME, file_sha256
+from gemma_pack.disk import require_space, staged_directory
 from gemma_pack.errors import MachineError, SourceError
 from gemma_pack.record import FileDigest, Record, SourceRecord
+from gemma_pack.safetensors_file import READ_BYTES, write_safetensors
 from gemma_pack.sources.gguf_tokenizer import Vocabulary, tokenizer_json
 
 if TYPE_CHECKING:

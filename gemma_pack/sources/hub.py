@@ -34,9 +34,8 @@ from gemma_pack.checkpoint import (
     Checkpoint,
     file_sha256,
     read_json,
-    refuse_existing,
-    require_space,
 )
+from gemma_pack.disk import publish, refuse_existing, require_space
 from gemma_pack.errors import AccessError, CheckpointError, InvalidUsageError, OfflineError, SourceError
 from gemma_pack.gemma import require_supported
 from gemma_pack.record import FileDigest, Record, SourceRecord
@@ -147,9 +146,7 @@ def fetch_snapshot(snapshot: Snapshot, target: Path, reporter: Reporter) -> Sour
             if not any(staging.iterdir()):
                 staging.rmdir()
             raise
-        if target.exists():
-            target.rmdir()  # it is empty
-        staging.rename(target)
+        publish(staging, target)
     return record
 
 
@@ -182,10 +179,6 @@ def _fill(snapshot: Snapshot, staging: Path, reporter: Reporter) -> SourceRecord
         kind="hub", model_id=snapshot.model_id, revision=snapshot.commit, files=files, license=snapshot.license
     )
     Record(source=source).write(staging)
-    for path in staging.iterdir():
-        if path.stat().st_nlink == 1:  # the others belong to huggingface_hub's cache too
-            path.chmod(0o644)
-    staging.chmod(0o755)
     return source
 
 

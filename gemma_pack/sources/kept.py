@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_pack.errors import InvalidUsageError
+from gemma_pack.errors import CheckpointError, InvalidUsageError
 from gemma_pack.record import read_record
 
 if TYPE_CHECKING:
@@ -56,7 +56,10 @@ def recorded_source(directory: Path) -> SourceRecord | None:
 
 def find_kept(directory: Path, kind: str, model_id: str, commit: str | None = None) -> Source | None:
     """Return the checkpoint in `directory` if it is whole and this model, at `commit` where one is given."""
-    record = recorded_source(directory) if directory.is_dir() else None
+    try:
+        record = recorded_source(directory) if directory.is_dir() else None
+    except CheckpointError:  # a broken record
+        return None
     if record is None or (record.kind, record.model_id) != (kind, model_id):
         return None
     return Source(directory, record, fetched=False) if commit in (None, record.revision) else None

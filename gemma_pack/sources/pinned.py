@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from gemma_pack.checkpoint import write_atomic
+from gemma_pack.disk import write_atomic
 from gemma_pack.errors import InvalidUsageError, OfflineError
 from gemma_pack.sources import hub
 from gemma_pack.sources.kept import Source, cache_directory, find_kept, keep

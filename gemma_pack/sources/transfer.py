@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Final, Literal
 import httpx
 from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]  # documented there, not in __all__
 
-from gemma_pack.checkpoint import READ_BYTES
 from gemma_pack.console import format_bytes
 from gemma_pack.errors import SourceError
+from gemma_pack.safetensors_file import READ_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -168,6 +168,8 @@ class _Transfer:
             return False
         self.path.unlink(missing_ok=True)
         try:
+            if cached.stat().st_uid != os.getuid():
+                raise PermissionError  # in a cache shared between users: a link could not be made readable for all
             os.link(cached.resolve(), self.path)
         except OSError:  # another file system, or one without links
             shutil.copyfile(cached, self.path)

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gemma_pack.checkpoint import SINGLE_NAME, Checkpoint, write_safetensors
+from gemma_pack.checkpoint import SINGLE_NAME, Checkpoint
 from gemma_pack.console import Console
 from gemma_pack.errors import CheckpointError
 from gemma_pack.record import Record
+from gemma_pack.safetensors_file import write_safetensors
 from gemma_pack.sources.directory import check_directory
 
 if TYPE_CHECKING:
@@ -92,9 +93,7 @@ def test_tensors_are_looked_at_and_not_only_the_config(copy: Path, dtype: str, m
     write_safetensors(
         copy / "new",
         [
-            (name, dtype, info.shape, lambda: zeros)
-            if name == odd
-            else (name, info.dtype, info.shape, lambda info=info: info.file.read_bytes()[info.begin : info.end])
+            (name, dtype, info.shape, lambda: zeros) if name == odd else (name, info.dtype, info.shape, info.read)
             for name, info in checkpoint.tensors.items()
         ],
     )

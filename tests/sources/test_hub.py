@@ -21,6 +21,7 @@ from gemma_pack.errors import (
     SourceError,
 )
 from gemma_pack.record import require_record
+from gemma_pack.safetensors_file import read_header
 from gemma_pack.sources import Source, obtain
 from tests.sources.conftest import MODEL
 from tests.sources.hub_server import TOKEN
@@ -107,11 +108,14 @@ def test_a_commit_that_is_here_needs_no_network(hub: Hub, tmp_path: Path):
     assert hub.requests == []
 
 
-def test_a_damaged_checkpoint_in_the_cache_is_fetched_again(hub: Hub):
-    directory = get().directory
-    (directory / "config.json").write_text("{}")
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("name", ["config.json", "gemma-pack.json"])
+def test_a_damaged_checkpoint_in_the_cache_is_fetched_again(name: str):
+    source = get()
+    whole = (source.directory / name).read_bytes()
+    (source.directory / name).write_text("{")
     assert get().fetched
-    assert (directory / "config.json").read_bytes() == hub.models[MODEL]["config.json"]
+    assert (source.directory / name).read_bytes() == whole
 
 
 def test_a_broken_connection_is_taken_up_where_it_broke(hub: Hub, tmp_path: Path):
@@ -333,8 +337,6 @@ def test_only_the_shards_that_the_index_names_are_fetched(hub: Hub, tmp_path: Pa
     files[shard] = files.pop(SINGLE_NAME)
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / shard).write_bytes(files[shard])
-    from gemma_pack.checkpoint import read_header
-
     write_index(tmp_path / "index", read_header(tmp_path / "index" / shard))
     index = tmp_path / "index" / "model.safetensors.index.json"
     files[index.name] = index.read_bytes()
