@@ -1,9 +1,10 @@
-"""Fixtures that several rooms share: real system tools, found or skipped, free loopback ports, checkpoints."""
+"""Fixtures that several rooms share: system tools, found or skipped, free loopback ports, checkpoints, registries."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import socket
 from typing import TYPE_CHECKING
@@ -13,9 +14,11 @@ import pytest
 from gemma_pack.checkpoint import TensorInfo, read_header, write_index, write_safetensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
+    from tests.oci.faulty import Faulty
+    from tests.oci.registry import Registry
     from tests.tiny import Family
 
 
@@ -127,3 +130,74 @@ def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory, worker_id: str) ->
         if os.environ.get("CI") == "true":
             raise
         pytest.skip(f"{error.message}: {error.hint}")
+
+
+@pytest.fixture
+def no_logins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keep the tests away from the logins and proxies of whoever runs them."""
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy", "SSL_CERT_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def store_login(tmp_path: Path) -> Callable[..., None]:
+    """Return a function that stores a login where the tests look for logins."""
+
+    def store(host: str, words: str = "open sesame") -> None:
+        login = {"username": "hilbert", "password": words}
+        (tmp_path / "auth.json").write_text(json.dumps({"auths": {host: login}}))
+
+    return store
+
+
+@pytest.fixture
+def registry(no_logins: None, tool: Callable[[str], str], tmp_path: Path) -> Iterator[Registry]:
+    """Run docker-registry on loopback, open to everyone."""
+    del no_logins
+    from tests.oci.registry import running_registry
+
+    (tmp_path / "registry").mkdir()
+    with running_registry(tool("docker-registry"), tmp_path / "registry") as running:
+        yield running
+
+
+@pytest.fixture
+def faulty(no_logins: None) -> Iterator[Faulty]:
+    """Run a registry that can be told to misbehave."""
+    del no_logins
+    from tests.oci.faulty import faulty_registry
+
+    with faulty_registry() as state:
+        yield state
+
+
+@pytest.fixture
+def random_checkpoint(raw_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
+    """Return a function that writes a checkpoint of `shards` shards, each with `size_bytes` of its own weights."""
+
+    def write(name: str = "model", *, shards: int = 2, size_bytes: int = 1 << 20) -> Path:
+        directory = raw_checkpoint(name, shards=shards)
+        infos: list[TensorInfo] = []
+        for number, path in enumerate(sorted(directory.glob("*.safetensors")), 1):
+            data = random.Random(f"{name} {number}").randbytes(size_bytes)  # noqa: S311 - test data
+            write_safetensors(path, [(f"layers.{number}.weight", "U8", (size_bytes,), lambda data=data: data)])
+            infos += read_header(path)
+        write_index(directory, infos)
+        return directory
+
+    return write
+
+
+@pytest.fixture
+def random_layout(tmp_path: Path, random_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
+    """Return a function that writes a checkpoint as `random_checkpoint` does and packages it as the layout NAME.oci."""
+    from gemma_pack.console import Console
+    from gemma_pack.oci.package import package
+
+    def write(name: str = "model", **options: int) -> Path:
+        target = tmp_path / f"{name}.oci"
+        package(random_checkpoint(name, **options), target, reporter=Console("quiet"))
+        return target
+
+    return write

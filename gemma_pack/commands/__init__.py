@@ -24,6 +24,7 @@ VERBS: Final[tuple[str, ...]] = (
     "quantize",
     "card",
     "package",
+    "push",
 )
 """In the order of the work. Each is a module here, with the click command in a variable `command`."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -32,3 +33,16 @@ def with_console(command: F) -> F:
         return command(*args, console=console, **kwargs)
 
     return wrapper  # type: ignore[return-value]
+
+
+def registry_options(command: F) -> F:
+    """Give a command that speaks to a registry `--plain-http` and `--ca-file`."""
+    plain_http = click.option(
+        "--plain-http", is_flag=True, help="Speak HTTP without TLS. On loopback that is the default."
+    )
+    ca_file = click.option(
+        "--ca-file",
+        type=click.Path(path_type=Path, dir_okay=False, exists=True),
+        help="PEM file of a CA to trust besides those of the system.",
+    )
+    return plain_http(ca_file(command))

@@ -101,8 +101,10 @@ def repository_on(host: str, text: str) -> str:
     Raises:
         InvalidUsageError: it is no repository, or is on another registry.
     """
-    repository = text.removeprefix(f"{host}/")
-    if not _REPOSITORY.fullmatch(repository):
+    first, slash, rest = text.partition("/")
+    is_host = bool(slash) and (first in {host, "localhost"} or any(c in first for c in ".:["))
+    repository = rest if is_host else text
+    if (is_host and first != host) or not _REPOSITORY.fullmatch(repository):
         raise InvalidUsageError(
             f"{text!r} is not a repository of {host}", hint=f"write {host}/team/name, without a tag"
         )

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import random
 import tarfile
 import tempfile
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gemma_pack.checkpoint import TensorInfo, read_header, write_index, write_safetensors
-from gemma_pack.console import Console
 from gemma_pack.oci.layout import create_layout
 from gemma_pack.oci.manifest import (
     CONFIG_TYPE,
@@ -30,10 +27,6 @@ from gemma_pack.oci.manifest import (
     encode_json,
     sha256_digest,
 )
-from gemma_pack.oci.package import package
-from tests.oci.faulty import Faulty, faulty_registry
-from tests.oci.registry import Registry as RealRegistry
-from tests.oci.registry import running_registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -163,66 +156,3 @@ def write_base(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return write
-
-
-@pytest.fixture
-def registry(tool: Callable[[str], str], tmp_path: Path) -> Iterator[RealRegistry]:
-    """Run docker-registry on loopback, open to everyone."""
-    (tmp_path / "registry").mkdir()
-    with running_registry(tool("docker-registry"), tmp_path / "registry") as running:
-        yield running
-
-
-@pytest.fixture
-def faulty() -> Iterator[Faulty]:
-    """Run a registry that can be told to misbehave."""
-    with faulty_registry() as state:
-        yield state
-
-
-@pytest.fixture
-def model(raw_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
-    """Return a function that writes a checkpoint of `shards` shards, each with `size_bytes` of its own weights."""
-
-    def write(name: str = "model", *, shards: int = 2, size_bytes: int = 1 << 20) -> Path:
-        directory = raw_checkpoint(name, shards=shards)
-        infos: list[TensorInfo] = []
-        for number, path in enumerate(sorted(directory.glob("*.safetensors")), 1):
-            data = random.Random(f"{name} {number}").randbytes(size_bytes)  # noqa: S311 - test data
-            write_safetensors(path, [(f"layers.{number}.weight", "U8", (size_bytes,), lambda data=data: data)])
-            infos += read_header(path)
-        write_index(directory, infos)
-        return directory
-
-    return write
-
-
-@pytest.fixture
-def layout(tmp_path: Path, model: Callable[..., Path]) -> Callable[..., Path]:
-    """Return a function that writes a checkpoint as `model` does and packages it as the layout NAME.oci."""
-
-    def write(name: str = "model", **options: int) -> Path:
-        target = tmp_path / f"{name}.oci"
-        package(model(name, **options), target, reporter=Console("quiet"))
-        return target
-
-    return write
-
-
-@pytest.fixture(autouse=True)
-def no_logins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Keep the tests away from the logins and proxies of whoever runs them."""
-    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy", "SSL_CERT_FILE"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def store_login(tmp_path: Path) -> Callable[..., None]:
-    """Return a function that stores a login where the tests look for logins."""
-
-    def store(host: str, words: str = "open sesame") -> None:
-        login = {"username": "hilbert", "password": words}
-        (tmp_path / "auth.json").write_text(json.dumps({"auths": {host: login}}))
-
-    return store

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 import socket
@@ -66,6 +67,7 @@ class Faulty:
     """User and password that the token realm wants; with it, everything wants a token."""
     tokens: dict[str, float] = field(default_factory=dict)
     token_lifetime_s: int = 300
+    numbers: Iterator[int] = field(default_factory=itertools.count)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def count(self, method: str, path: str = "") -> int:
@@ -162,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
             if self.headers.get("Authorization") != expected:
                 self.answer(401)
                 return False
-            token = f"token-{len(state.tokens)}"
+            token = f"token-{next(state.numbers)}"
             state.tokens[token] = 1.0
             answer = {"token": token, "expires_in": state.token_lifetime_s}
             self.answer(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
@@ -195,7 +197,7 @@ class Handler(BaseHTTPRequestHandler):
                 state.blobs[repository, digest] = state.blobs[query["from"], digest]
                 self.answer(201, {"Location": self.location(f"/v2/{repository}/blobs/{digest}")})
                 return
-            name = f"session-{len(state.sessions)}"
+            name = f"session-{next(state.numbers)}"
             state.sessions[name] = bytearray()
             self.answer(202, {"Location": self.location(f"{path}{name}?_state=a%3Db"), "Range": "0-0"})
             return

@@ -37,17 +37,6 @@ def transport(faulty: Faulty) -> Iterator[Transport]:
     transport.close()
 
 
-@pytest.fixture
-def store_login(tmp_path: Path) -> Callable[..., None]:
-    """Return a function that stores a login where the tests look for logins."""
-
-    def store(host: str, words: str = "open sesame") -> None:
-        login = {"username": "hilbert", "password": words}
-        (tmp_path / "auth.json").write_text(json.dumps({"auths": {host: login}}))
-
-    return store
-
-
 def get(transport: Transport, path: str = "/v2/", *, expected: tuple[int, ...] = (200,)) -> bytes:
     return transport.request("GET", transport.base.join(path), expected=expected, scopes=SCOPES).body
 

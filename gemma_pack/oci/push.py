@@ -1,0 +1,229 @@
+"""Pushing: an image goes from a layout, or straight from a checkpoint's directory, into a registry.
+
+Blobs first, then the manifests, then the index under its tag: the tag never names an image that is not whole. Then the
+registry is asked for everything again. The same command after an interruption sends what is still missing.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from gemma_pack.checkpoint import Checkpoint
+from gemma_pack.errors import InvalidUsageError, RegistryError
+from gemma_pack.oci.client import RegistryClient
+from gemma_pack.oci.image import Document, plan_image
+from gemma_pack.oci.layers import read_file
+from gemma_pack.oci.layout import Layout, hash_stream
+from gemma_pack.oci.manifest import INDEX_TYPES, MANIFEST_TYPES, Descriptor
+from gemma_pack.oci.reference import Reference, parse_reference, repository_on
+from gemma_pack.oci.transfer import in_parallel
+from gemma_pack.oci.upload import Blob, Outcome, Uploader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from gemma_pack.console import Reporter
+    from gemma_pack.oci.image import ImagePlan
+    from gemma_pack.oci.layers import LayerSource
+    from gemma_pack.oci.transport import Retry
+
+    Job = Callable[[Uploader], tuple[Descriptor, Outcome]]
+    """Brings one blob through an uploader."""
+
+
+class PushResult(BaseModel):
+    """An image in a registry, asked for again after it was pushed."""
+
+    model_config = ConfigDict(frozen=True)
+
+    reference: str
+    """As it was given, with its tag."""
+    digest: str
+    pinned: str
+    """`host/name@digest`: what to deploy."""
+    size_bytes: int
+    """Of all blobs: uploaded, found in the repository, and mounted from another one."""
+    uploaded_bytes: int
+    existed_bytes: int
+    mounted_bytes: int
+    seconds: float
+
+
+def push(
+    source: Path,
+    reference: Reference | str,
+    *,
+    mount_from: Sequence[str] = (),
+    plain_http: bool = False,
+    ca_file: Path | None = None,
+    retry: Retry | None = None,
+    reporter: Reporter,
+) -> PushResult:
+    """Push the image in the layout `source`, or that of the checkpoint in the directory `source`.
+
+    Args:
+        source: an OCI layout that holds one image, or a checkpoint, which is packed while it is sent.
+        reference: where to; without a tag, `latest`.
+        mount_from: repositories of the same registry whose blobs may be reused.
+        plain_http: speak HTTP without TLS to a registry that is not on this machine.
+        ca_file: certificates to trust besides the system's.
+        retry: patience with the registry.
+        reporter: hears of progress.
+
+    Raises:
+        InvalidUsageError: `source` is neither, or the reference names another digest than the image's.
+        RegistryError: the registry refused something, or does not have what was sent.
+        AccessError: the registry wants a login, or another one.
+        OfflineError: the registry cannot be reached.
+    """
+    reference = parse_reference(reference) if isinstance(reference, str) else reference
+    begin_s = time.monotonic()
+    repositories = [repository_on(reference.host, text) for text in mount_from]
+    upload = _from_layout(Layout.open(source)) if is_layout(source) else _from_plan(_plan(source))
+    with (
+        RegistryClient(reference, writable=True, plain_http=plain_http, ca_file=ca_file, retry=retry) as client,
+        reporter.progress(f"pushing to {reference.host}", upload.size_bytes, "bytes") as task,
+    ):
+        client.ping()
+        uploader = Uploader(client, mount_from=repositories, advance=task.advance)
+        moved = in_parallel([partial(job, uploader) for job in upload.jobs], client.retry.stop)
+        documents = upload.documents([descriptor.digest for descriptor, _ in moved])
+        moved += [_bring_document(uploader, document) for document in documents if not _is_manifest(document)]
+        digest = _tag(client, [document for document in documents if _is_manifest(document)])
+        reporter.status("asking the registry for every part again")
+        _verify(client, digest, [descriptor for descriptor, _ in moved])
+    totals = dict.fromkeys(("uploaded", "existed", "mounted"), 0)
+    for descriptor, outcome in moved:
+        totals[outcome] += descriptor.size_bytes
+    return PushResult(
+        reference=str(reference),
+        digest=digest,
+        pinned=str(reference.pinned(digest)),
+        size_bytes=sum(totals.values()),
+        uploaded_bytes=totals["uploaded"],
+        existed_bytes=totals["existed"],
+        mounted_bytes=totals["mounted"],
+        seconds=round(time.monotonic() - begin_s, 3),
+    )
+
+
+def is_layout(path: Path) -> bool:
+    """Tell an OCI layout from any other directory."""
+    return (path / "oci-layout").is_file()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Image:
+    """What to push: jobs for the large blobs, largest first, and the documents once the digests are known."""
+
+    size_bytes: int
+    jobs: Sequence[Job]
+    documents: Callable[[Sequence[str]], Sequence[Document]]
+    """From the digests in the order of `jobs` to configs, manifests and, last, the root."""
+
+
+def _plan(directory: Path) -> ImagePlan:
+    if not (directory / "config.json").is_file():
+        raise InvalidUsageError(
+            f"{directory} is neither an OCI layout nor a checkpoint", hint="gemma-pack package DIR makes a layout"
+        )
+    return plan_image(Checkpoint.open(directory))
+
+
+def _from_layout(layout: Layout) -> _Image:
+    manifests = layout.manifests()
+    blobs = {blob.digest: blob for _, manifest in manifests for blob in (manifest.config, *manifest.layers)}
+    paths = {blob.digest: layout.require_blob(blob) for blob in blobs.values()}
+    ordered = sorted(blobs.values(), key=lambda blob: -blob.size_bytes)
+    descriptors = list({descriptor.digest: descriptor for descriptor, _ in manifests}.values())
+    if layout.root.digest not in {descriptor.digest for descriptor in descriptors}:
+        descriptors.append(layout.root)
+    documents = [Document(descriptor=descriptor, data=layout.read_blob(descriptor)) for descriptor in descriptors]
+    return _Image(
+        size_bytes=sum(blob.size_bytes for blob in ordered),
+        jobs=[_file_job(blob, paths[blob.digest]) for blob in ordered],
+        documents=lambda _: documents,
+    )
+
+
+def _from_plan(plan: ImagePlan) -> _Image:
+    """Hash each layer just before it is sent: the registry may have it already, and wants to know the digest first."""
+    ordered = sorted(range(len(plan.layers)), key=lambda number: -plan.layers[number].size_bytes)
+
+    def documents(digests: Sequence[str]) -> Sequence[Document]:
+        by_number = dict(zip(ordered, digests[: len(ordered)], strict=True))
+        return plan.assemble([by_number[number] for number in range(len(plan.layers))]).documents
+
+    return _Image(
+        size_bytes=plan.size_bytes,
+        jobs=[
+            *(_layer_job(plan.layers[number]) for number in ordered),
+            *(_file_job(blob.descriptor, blob.path) for blob in plan.base_layers),
+        ],
+        documents=documents,
+    )
+
+
+def _file_job(descriptor: Descriptor, path: Path) -> Job:
+    blob = Blob(descriptor=descriptor, read=lambda: read_file(path, descriptor.size_bytes), label=str(path))
+    return lambda uploader: (descriptor, uploader.bring(blob))
+
+
+def _layer_job(layer: LayerSource) -> Job:
+    def bring(uploader: Uploader) -> tuple[Descriptor, Outcome]:
+        digest = hash_stream(uploader.until_stopped(layer.iter_chunks()))
+        descriptor = Descriptor(media_type=layer.media_type, digest=digest, size_bytes=layer.size_bytes)
+        return descriptor, uploader.bring(Blob(descriptor=descriptor, read=layer.iter_chunks, label=layer.title))
+
+    return bring
+
+
+def _bring_document(uploader: Uploader, document: Document) -> tuple[Descriptor, Outcome]:
+    descriptor = document.descriptor
+    return descriptor, uploader.bring(Blob(descriptor=descriptor, read=lambda: iter([document.data]), label="config"))
+
+
+def _is_manifest(document: Document) -> bool:
+    return document.descriptor.media_type in MANIFEST_TYPES | INDEX_TYPES
+
+
+def _tag(client: RegistryClient, manifests: Sequence[Document]) -> str:
+    """Store the manifests, the root last under its tag, and return the root's digest."""
+    *children, root = manifests
+    reference = client.reference
+    if reference.digest and reference.digest != root.descriptor.digest:
+        raise InvalidUsageError(
+            f"{reference} names another image than this one, which is {root.descriptor.digest}",
+            hint="give a tag instead of the digest",
+        )
+    for child in children:
+        client.put_manifest(child.descriptor.digest, child.data, child.descriptor.media_type)
+    return client.put_manifest(reference.tag or reference.target, root.data, root.descriptor.media_type)
+
+
+def _verify(client: RegistryClient, digest: str, blobs: Sequence[Descriptor]) -> None:
+    """Check that the registry has the image, each blob at its size, and the tag.
+
+    Raises:
+        RegistryError: something is missing or different.
+    """
+    for blob in blobs:
+        size = client.blob_size(blob.digest)
+        if size != blob.size_bytes:
+            raise RegistryError(
+                f"{client.transport.host} has {size or 'no'} bytes of {blob.digest}, not {blob.size_bytes}",
+                hint="push again; if it happens again, the registry's storage is at fault",
+            )
+    client.manifest(digest)
+    tagged = client.manifest(client.reference.tag or client.reference.target).descriptor.digest
+    if tagged != digest:
+        raise RegistryError(
+            f"{client.reference} names {tagged} now: another push moved the tag meanwhile",
+            hint=f"the image of this push is whole as {client.reference.pinned(digest)}",
+        )

@@ -1,0 +1,131 @@
+"""`gemma-pack push`: options in, result out, the exit codes that a CI job acts on, and no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gemma_pack.commands import run
+from gemma_pack.oci.layout import Layout
+from tests.oci.faulty import Fault, Faulty, say
+from tests.oci.registry import PASSWORD, USER, running_registry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.oci.registry import Registry
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("GEMMA_PACK_")]:
+        monkeypatch.delenv(name)
+
+
+def test_it_says_what_was_sent_and_what_to_deploy(
+    registry: Registry, random_layout: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+):
+    source = random_layout()
+    digest = Layout.open(source).root.digest
+    assert run(["push", str(source), f"{registry.host}/team/gemma:1"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert [line.split("  ")[0] for line in lines[:3]] == ["uploaded", "already there", "mounted"]
+    assert lines[0].endswith("MB")
+    assert lines[1].endswith(" 0 B")
+    assert lines[4] == f"{registry.host}/team/gemma@{digest}"
+    assert lines[5].startswith(f"pushed as {registry.host}/team/gemma:1 in ")
+    assert lines[5].endswith("/s")
+    assert f"pushing to {registry.host}: " in captured.err
+    assert "(100 %)" in captured.err
+
+
+def test_json_holds_the_whole_result(
+    registry: Registry, random_layout: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+):
+    source = str(random_layout())
+    for variant in ("base", "variant"):
+        arguments = ["push", source, f"{registry.host}/team/{variant}:1", "--mount-from", "team/base"]
+        assert run([*arguments, "--format", "json"]) == 0
+        captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert result["pinned"] == f"{registry.host}/team/variant@{result['digest']}"
+    assert result["mounted_bytes"] == result["size_bytes"] > 0
+    assert result["uploaded_bytes"] == result["existed_bytes"] == 0
+    assert captured.err == ""
+
+
+def test_options_come_from_variables(
+    faulty: Faulty, random_layout: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("GEMMA_PACK_PUSH_MOUNT_FROM", "team/base")
+    assert run(["push", str(random_layout(size_bytes=1000)), f"{faulty.host}/a/b:1"]) == 0
+    assert any("from=team%2Fbase" in seen.query for seen in faulty.seen)
+
+
+def test_a_login_is_wanted_then_found(
+    no_logins: None,
+    tool: Callable[[str], str],
+    tmp_path: Path,
+    random_layout: Callable[..., Path],
+    store_login: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+):
+    del no_logins
+    (tmp_path / "registry").mkdir()
+    source = str(random_layout(size_bytes=1000))
+    with running_registry(tool("docker-registry"), tmp_path / "registry", "login") as registry:
+        target = f"{registry.host}/team/gemma:1"
+        assert run(["push", source, target]) == 13
+        assert f"hint: podman login {registry.host}" in capsys.readouterr().err
+        store_login(registry.host, "wrong words")
+        assert run(["push", source, target]) == 13
+        assert "wrong words" not in capsys.readouterr().err
+        assert (USER, PASSWORD) == ("hilbert", "open sesame")
+        store_login(registry.host)
+        assert run(["push", source, target]) == 0
+
+
+def test_nobody_there_is_14(free_port: int, random_layout: Callable[..., Path], capsys: pytest.CaptureFixture[str]):
+    assert run(["push", str(random_layout(size_bytes=1000)), f"127.0.0.1:{free_port}/a/b:1"]) == 14
+    assert f"127.0.0.1:{free_port} cannot be reached" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("reference", "sentence"),
+    [("https://quay.io/a/b", "is a URL"), ("quay.io/A/b", "is not a repository"), ("quay.io/a/b:", "is not a tag")],
+)
+def test_a_broken_reference_is_2(
+    random_layout: Callable[..., Path], capsys: pytest.CaptureFixture[str], reference: str, sentence: str
+):
+    assert run(["push", str(random_layout(size_bytes=1000)), reference]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_missing_source_is_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(["push", str(tmp_path / "absent"), "quay.io/a/b"]) == 2
+    assert "neither an OCI layout nor a checkpoint" in capsys.readouterr().err
+
+
+def test_a_registry_that_refuses_is_1_with_its_reason(
+    faulty: Faulty, random_layout: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+):
+    reason = {"errors": [{"code": "NAME_INVALID", "message": "no such project"}]}
+    faulty.faults = [Fault("POST", "", say(422, body=json.dumps(reason).encode()), times=9)]
+    assert run(["push", str(random_layout(size_bytes=1000)), f"{faulty.host}/a/b:1", "--format", "json"]) == 1
+    error = json.loads(capsys.readouterr().err)["error"]
+    assert "NAME_INVALID no such project" in error["message"]
+    assert error["exit_code"] == 1
+
+
+def test_torch_is_not_needed():
+    code = (
+        "import sys; from gemma_pack.commands import run; import gemma_pack.oci.push; sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

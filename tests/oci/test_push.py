@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gemma_pack.console import Console
+from gemma_pack.errors import CheckpointError, InvalidUsageError, OfflineError, RegistryError
+from gemma_pack.oci.layout import Layout
+from gemma_pack.oci.push import push
+from gemma_pack.oci.transfer import in_parallel
+from tests.oci.faulty import Fault, Faulty, Handler, cut_upload, quick, say
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.oci.registry import Registry
+
+QUIET = Console("quiet")
+
+
+def inspect(skopeo: str, reference: str) -> dict[str, object]:
+    shown = subprocess.run(
+        [skopeo, "inspect", "--tls-verify=false", f"docker://{reference}"], capture_output=True, check=True, timeout=60
+    )
+    document: dict[str, object] = json.loads(shown.stdout)
+    return document
+
+
+def test_a_layout_arrives_whole_and_is_read_by_skopeo(
+    registry: Registry, random_layout: Callable[..., Path], tool: Callable[[str], str], tmp_path: Path
+):
+    source = random_layout()
+    root = Layout.open(source).root
+    result = push(source, f"{registry.host}/team/gemma:1", reporter=QUIET)
+    assert result.digest == root.digest
+    assert result.pinned == f"{registry.host}/team/gemma@{root.digest}"
+    assert result.uploaded_bytes == result.size_bytes > 2 << 20
+    skopeo = tool("skopeo")
+    assert inspect(skopeo, result.reference)["Digest"] == root.digest
+    copied = tmp_path / "copied"
+    subprocess.run(
+        [skopeo, "copy", "--all", "--preserve-digests", "--src-tls-verify=false",
+         f"docker://{result.reference}", f"oci:{copied}"],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert Layout.open(copied).root.digest == root.digest
+    names = {path.name: path.read_bytes() for path in (source / "blobs" / "sha256").iterdir()}
+    assert {path.name: path.read_bytes() for path in (copied / "blobs" / "sha256").iterdir()} == names
+
+
+def test_a_second_push_sends_nothing(registry: Registry, random_layout: Callable[..., Path]):
+    source = random_layout()
+    first = push(source, f"{registry.host}/team/gemma:1", reporter=QUIET)
+    second = push(source, f"{registry.host}/team/gemma:2", reporter=QUIET)
+    assert second.digest == first.digest
+    assert (second.uploaded_bytes, second.existed_bytes) == (0, first.size_bytes)
+
+
+def test_a_checkpoint_is_packed_while_it_is_pushed(
+    registry: Registry, random_layout: Callable[..., Path], tmp_path: Path
+):
+    packaged = Layout.open(random_layout())
+    before = {path for path in tmp_path.rglob("*") if "registry" not in path.parts}
+    result = push(tmp_path / "model", f"{registry.host}/team/gemma:1", reporter=QUIET)
+    assert result.digest == packaged.root.digest
+    assert {path for path in tmp_path.rglob("*") if "registry" not in path.parts} == before
+    assert push(packaged.directory, f"{registry.host}/team/gemma:1", reporter=QUIET).uploaded_bytes == 0
+
+
+def test_blobs_of_another_repository_are_mounted(registry: Registry, random_layout: Callable[..., Path]):
+    source = random_layout()
+    push(source, f"{registry.host}/team/base:1", reporter=QUIET)
+    result = push(source, f"{registry.host}/team/variant:1", mount_from=[f"{registry.host}/team/base"], reporter=QUIET)
+    assert (result.mounted_bytes, result.uploaded_bytes) == (result.size_bytes, 0)
+
+
+def test_a_push_without_a_tag_is_latest_and_one_by_digest_must_match(
+    faulty: Faulty, random_layout: Callable[..., Path]
+):
+    source = random_layout(size_bytes=1000)
+    digest = push(source, f"{faulty.host}/a/b", reporter=QUIET).digest
+    assert ("a/b", "latest") in faulty.manifests
+    assert push(source, f"{faulty.host}/c/d@{digest}", reporter=QUIET).digest == digest
+    with pytest.raises(InvalidUsageError, match="names another image"):
+        push(source, f"{faulty.host}/c/d@sha256:{'0' * 64}", reporter=QUIET)
+
+
+def test_the_tag_comes_last_and_never_before_the_image_is_whole(faulty: Faulty, random_layout: Callable[..., Path]):
+    source = random_layout(size_bytes=1000)
+    push(source, f"{faulty.host}/a/b:1", reporter=QUIET)
+    order = [seen.path.rpartition("/")[2] for seen in faulty.seen if seen.method == "PUT"]
+    assert order[-1] == "1"
+    assert all(name.startswith("sha256:") for name in order[-3:-1])
+    assert not any(name.startswith("sha256:") for name in order[:-3])
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("PATCH", "", say(403), times=99),
+        Fault("PUT", "uploads", say(500), times=99),
+        Fault("PUT", "manifests/sha256", say(400), times=99),
+        Fault("PATCH", "", cut_upload(500, keep=False), times=99),
+    ],
+)
+def test_a_push_that_fails_leaves_no_tag(faulty: Faulty, random_layout: Callable[..., Path], fault: Fault):
+    faulty.faults = [fault]
+    with pytest.raises(Exception, match=r"answered|allow|broke"):
+        push(random_layout(size_bytes=1000), f"{faulty.host}/a/b:1", retry=quick(), reporter=QUIET)
+    assert ("a/b", "1") not in faulty.manifests
+
+
+def test_a_registry_that_forgets_a_blob_is_caught(faulty: Faulty, random_layout: Callable[..., Path]):
+    def forget(request: Handler) -> None:
+        request._route(request.path, {})
+        request.state.blobs.pop(next(iter(request.state.blobs)))
+
+    faulty.faults = [Fault("PUT", "manifests/1", forget)]
+    with pytest.raises(RegistryError, match="has no bytes of sha256:"):
+        push(random_layout(size_bytes=1000), f"{faulty.host}/a/b:1", retry=quick(), reporter=QUIET)
+
+
+def test_a_tag_that_another_push_moves_is_noticed(faulty: Faulty, random_layout: Callable[..., Path]):
+    ours, theirs = random_layout("ours", size_bytes=1000), random_layout("theirs", size_bytes=1000)
+    push(theirs, f"{faulty.host}/a/b:2", reporter=QUIET)
+
+    def overtake(request: Handler) -> None:
+        request._route(request.path, {})
+        request.state.manifests["a/b", "1"] = request.state.manifests["a/b", "2"]
+
+    faulty.faults = [Fault("PUT", "manifests/1", overtake)]
+    with pytest.raises(RegistryError, match="another push moved the tag") as caught:
+        push(ours, f"{faulty.host}/a/b:1", retry=quick(), reporter=QUIET)
+    assert Layout.open(ours).root.digest in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "flip"])
+def test_a_damaged_layout_is_refused(faulty: Faulty, random_layout: Callable[..., Path], damage: str):
+    source = random_layout(size_bytes=1000)
+    largest = max((source / "blobs/sha256").iterdir(), key=lambda path: path.stat().st_size)
+    if damage == "remove":
+        largest.unlink()
+    else:
+        data = bytearray(largest.read_bytes())
+        data[600] ^= 1
+        largest.write_bytes(data[:-1] if damage == "truncate" else data)
+    with pytest.raises(RegistryError):
+        push(source, f"{faulty.host}/a/b:1", retry=quick(), reporter=QUIET)
+    assert ("a/b", "1") not in faulty.manifests
+
+
+def test_a_checkpoint_that_changes_after_it_was_hashed_never_gets_a_tag(
+    faulty: Faulty, random_layout: Callable[..., Path], tmp_path: Path
+):
+    packaged = Layout.open(random_layout(shards=1, size_bytes=50_000))
+    (layer,) = (one for one in packaged.manifests()[0][1].layers if one.title == "model.safetensors.tar")
+    shard = tmp_path / "model" / "model.safetensors"
+
+    def change(request: Handler) -> None:
+        shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+        request._route(request.path, {})
+
+    faulty.faults = [Fault("HEAD", layer.digest, change)]
+    with pytest.raises(RegistryError, match=r"model\.safetensors\.tar has changed"):
+        push(tmp_path / "model", f"{faulty.host}/a/b:1", retry=quick(), reporter=QUIET)
+    assert ("a/b", "1") not in faulty.manifests
+
+
+def test_what_is_neither_layout_nor_checkpoint_is_a_usage_error(tmp_path: Path):
+    with pytest.raises(InvalidUsageError, match="neither an OCI layout nor a checkpoint"):
+        push(tmp_path, "quay.io/a/b:1", reporter=QUIET)
+
+
+def test_a_broken_checkpoint_is_found_before_anything_is_sent(faulty: Faulty, random_checkpoint: Callable[..., Path]):
+    directory = random_checkpoint(size_bytes=1000)
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError):
+        push(directory, f"{faulty.host}/a/b:1", reporter=QUIET)
+    assert faulty.seen == []
+
+
+@pytest.mark.parametrize("text", ["ghcr.io/team/base", "team/Base", "team/base:1"])
+def test_mounts_come_from_the_same_registry(random_layout: Callable[..., Path], text: str):
+    with pytest.raises(InvalidUsageError, match=r"not a repository of quay\.io"):
+        push(random_layout(size_bytes=1000), "quay.io/team/gemma:1", mount_from=[text], reporter=QUIET)
+
+
+def test_nobody_there_is_offline(random_layout: Callable[..., Path], free_port: int):
+    with pytest.raises(OfflineError):
+        push(random_layout(size_bytes=1000), f"127.0.0.1:{free_port}/a/b:1", reporter=QUIET)
+
+
+def test_a_registry_that_restarts_meanwhile_gets_the_image(registry: Registry, random_layout: Callable[..., Path]):
+    source = random_layout(shards=3, size_bytes=40 << 20)
+    outcome: list[object] = []
+    thread = threading.Thread(
+        target=lambda: outcome.append(push(source, f"{registry.host}/team/gemma:1", reporter=QUIET))
+    )
+    thread.start()
+    time.sleep(0.15)
+    registry.stop(signal.SIGKILL)
+    registry.start()
+    thread.join(60)
+    (result,) = outcome
+    assert result.digest == Layout.open(source).root.digest  # type: ignore[attr-defined]
+
+
+def test_a_push_killed_at_any_moment_is_finished_by_the_same_command(
+    registry: Registry, random_layout: Callable[..., Path], tool: Callable[[str], str]
+):
+    source = random_layout(shards=3, size_bytes=40 << 20)
+    reference = f"{registry.host}/team/gemma:1"
+    command = [sys.executable, "-m", "gemma_pack", "push", str(source), reference]
+    killed = 0
+    for delay_s in (0.4, 0.55, 0.7):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(delay_s)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait(10)
+            killed += 1
+    assert killed
+    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    assert inspect(tool("skopeo"), reference)["Digest"] == Layout.open(source).root.digest
+
+
+def test_memory_stays_flat_whatever_the_layer(registry: Registry, random_layout: Callable[..., Path]):
+    source = random_layout(shards=2, size_bytes=64 << 20)
+    code = (
+        "import pathlib, sys; from gemma_pack.commands import run; code = run(sys.argv[1:]);"
+        "print(pathlib.Path('/proc/self/status').read_text(), file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "push", "--quiet", str(source), f"{registry.host}/team/gemma:1"],
+        check=True, capture_output=True, timeout=120, text=True,
+    )  # fmt: skip
+    (peak_kib,) = (line.split()[1] for line in done.stderr.splitlines() if line.startswith("VmHWM:"))
+    assert int(peak_kib) * 1024 < 100_000_000
+
+
+def test_the_first_error_stops_the_others_and_is_the_one_raised():
+    stop = threading.Event()
+
+    def fail() -> None:
+        raise RegistryError("first")
+
+    def wait() -> None:
+        assert stop.wait(10)
+        raise RegistryError("stopped")
+
+    begin_s = time.monotonic()
+    with pytest.raises(RegistryError, match="first"):
+        in_parallel([wait, fail, wait, wait], stop)
+    assert time.monotonic() - begin_s < 5
+
+
+def test_results_come_in_order():
+    assert in_parallel([lambda: (time.sleep(0.05), 1)[1], lambda: 2, lambda: 3], threading.Event()) == [1, 2, 3]
