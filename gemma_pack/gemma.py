@@ -25,6 +25,7 @@ _BLOCK_OF: Final = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn"),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp"),
 }
+_LAYER_TYPES: Final = ("sliding_attention", "full_attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +51,25 @@ _KNOWN_UNSUPPORTED: Final = {
     "gemma4_unified": "Gemma 4",
     "paligemma": "PaliGemma",
     "recurrent_gemma": "RecurrentGemma",
+    "shieldgemma2": "ShieldGemma 2",
     "t5gemma": "T5Gemma",
     "t5gemma2": "T5Gemma 2",
     "vaultgemma": "VaultGemma",
     "diffusion_gemma": "DiffusionGemma",
 }
+_DEFAULTS: Final = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+}
+"""Of transformers' `Gemma2Config` and `Gemma3TextConfig` alike; a config.json may leave out what equals them."""
+_DEFAULT_CONTEXT: Final = {"gemma2": 8192, "gemma3_text": 131_072}
+"""Their `max_position_embeddings`, where they differ."""
 
 
 def require_supported(config: Mapping[str, Any]) -> Family:
@@ -64,7 +79,7 @@ def require_supported(config: Mapping[str, Any]) -> Family:
         CheckpointError: not a Gemma, a Gemma that is not supported, already quantized, or float16.
     """
     family = require_gemma(config)
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise CheckpointError(
             "the checkpoint is quantized already: config.json has a quantization_config",
             hint="start from the bf16 checkpoint of the model",
@@ -81,11 +96,17 @@ def require_gemma(config: Mapping[str, Any]) -> Family:
     """
     model_type = config.get("model_type")
     supported = f"supported are {', '.join(family.name for family in _FAMILIES.values())}"
-    if model_type in _KNOWN_UNSUPPORTED:
-        raise CheckpointError(f"{_KNOWN_UNSUPPORTED[str(model_type)]} is not supported yet", hint=supported)
-    if model_type not in _FAMILIES:
+    if not isinstance(model_type, str) or "gemma" not in model_type:
         raise CheckpointError(f"this is not a Gemma: config.json says model_type {model_type!r}", hint=supported)
-    return _FAMILIES[str(model_type)]
+    if model_type not in _FAMILIES:
+        name = _KNOWN_UNSUPPORTED.get(model_type, model_type)
+        raise CheckpointError(f"{name} is not supported yet", hint=supported)
+    if text_config(config).get("use_bidirectional_attention"):
+        raise CheckpointError(
+            "this Gemma attends in both directions, as EmbeddingGemma does, and that is not supported yet",
+            hint=supported,
+        )
+    return _FAMILIES[model_type]
 
 
 def require_bfloat16(config: Mapping[str, Any]) -> None:
@@ -93,20 +114,39 @@ def require_bfloat16(config: Mapping[str, Any]) -> None:
 
     Gemma's activations pass 65504, the largest float16 (vLLM refuses it: `_FLOAT16_NOT_SUPPORTED_MODELS`).
     """
-    text = text_config(config)
-    dtype = text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
+    parts = (config, text_config(config))  # transformers loads the whole model in the outer one
+    dtype = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), "bfloat16")
     if dtype in ("float16", "half", "fp16"):
         raise CheckpointError(
             "the checkpoint is float16, and Gemma's activations overflow it", hint="use the bfloat16 checkpoint"
         )
-    if dtype not in (None, "bfloat16"):
-        raise CheckpointError(f"the checkpoint is {dtype}, not bfloat16", hint="use the bfloat16 checkpoint")
+    if dtype != "bfloat16":
+        raise CheckpointError(
+            f"the checkpoint is {dtype}, not bfloat16",
+            hint="use the bfloat16 checkpoint, or save this one as bfloat16 first: "
+            "AutoModelForCausalLM.from_pretrained(DIR, dtype='bfloat16').save_pretrained(NEW)",
+        )
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the part of config.json that describes the decoder."""
     nested = config.get("text_config")
     return nested if isinstance(nested, dict) else config
+
+
+def decoder_number(config: Mapping[str, Any], name: str) -> int:
+    """Return a number of the decoder, such as `num_key_value_heads`: config.json's, or transformers' default for it.
+
+    Raises:
+        CheckpointError: it is there, and no whole number above zero.
+    """
+    default = _DEFAULT_CONTEXT[_decoder_type(config)] if name == "max_position_embeddings" else _DEFAULTS[name]
+    value = text_config(config).get(name, default)
+    if type(value) is not int or value < 1:
+        raise CheckpointError(
+            f"config.json: {name} is {value!r}, not a whole number above zero", hint="fetch config.json again"
+        )
+    return value
 
 
 def attention_implementation(config: Mapping[str, Any]) -> str:
@@ -122,7 +162,7 @@ def decoder_prefix(names: Iterable[str]) -> str:
     Raises:
         CheckpointError: there is no embedding, or more than one decoder.
     """
-    found = {name.removesuffix("embed_tokens.weight") for name in names if name.endswith("embed_tokens.weight")}
+    found = {match[1] for name in names if (match := re.fullmatch(r"((?:.+\.)?)embed_tokens\.weight", name))}
     if len(found) != 1:
         raise CheckpointError(
             f"expected one embed_tokens.weight in the checkpoint, found {len(found)}",
@@ -135,7 +175,7 @@ def decoder_linears(config: Mapping[str, Any], prefix: str) -> list[list[list[st
     """Return the linear layers' module names: for each decoder layer, for each distinct input, the modules on it."""
     return [
         [[f"{prefix}layers.{layer}.{_BLOCK_OF[module]}.{module}" for module in group] for group in FUSED_GROUPS]
-        for layer in range(text_config(config)["num_hidden_layers"])
+        for layer in range(decoder_number(config, "num_hidden_layers"))
     ]
 
 
@@ -145,13 +185,17 @@ def layer_types(config: Mapping[str, Any]) -> list[str]:
     Where config.json does not list them: Gemma 2 alternates beginning with sliding, Gemma 3 has one full layer
     in `sliding_window_pattern` (transformers, `Gemma2Config` and `Gemma3TextConfig`).
     """
-    text = text_config(config)
-    if text.get("layer_types"):
-        return list(text["layer_types"])
-    pattern = 2 if text["model_type"] == "gemma2" else text.get("sliding_window_pattern") or 6
-    return [
-        "sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(text["num_hidden_layers"])
-    ]
+    layers = decoder_number(config, "num_hidden_layers")
+    kinds = text_config(config).get("layer_types")
+    if kinds is None:
+        pattern = 2 if _decoder_type(config) == "gemma2" else decoder_number(config, "sliding_window_pattern")
+        return ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in _LAYER_TYPES for kind in kinds):
+        raise CheckpointError(
+            f"config.json: layer_types does not say sliding_attention or full_attention for each of {layers} layers",
+            hint="fetch config.json again",
+        )
+    return list(kinds)
 
 
 def kv_cache_bytes(
@@ -164,11 +208,10 @@ def kv_cache_bytes(
     A server holds more than the window while it prefills: also the tokens that it has scheduled and not yet settled
     (vLLM, `SlidingWindowSpec.max_admission_blocks_per_request`); `in_flight_tokens` says how many.
     """
-    text = text_config(config)
-    heads, dim = text["num_key_value_heads"], text.get("head_dim", 256)
+    heads, dim = decoder_number(config, "num_key_value_heads"), decoder_number(config, "head_dim")
     kinds = layer_types(config)
     sliding = sum(kind == "sliding_attention" for kind in kinds)
-    window = (text.get("sliding_window") or tokens) + in_flight_tokens
+    window = decoder_number(config, "sliding_window") + in_flight_tokens if sliding else tokens
     kept_tokens = (len(kinds) - sliding) * tokens + sliding * min(tokens, window)
     return int(2 * heads * dim * bytes_per_value * kept_tokens)
 
@@ -176,3 +219,7 @@ def kv_cache_bytes(
 def is_embedding_or_head(name: str) -> bool:
     """Say whether a module or tensor name is the (tied) embedding or the head."""
     return re.search(r"(^|\.)(embed_tokens|lm_head)(\.weight)?$", name) is not None
+
+
+def _decoder_type(config: Mapping[str, Any]) -> str:
+    return "gemma2" if "gemma2" in (config.get("model_type"), text_config(config).get("model_type")) else "gemma3_text"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from gemma_pack.console import format_bytes
-from gemma_pack.errors import CheckpointError, InvalidUsageError
-from gemma_pack.gemma import kv_cache_bytes, require_gemma, text_config
+from gemma_pack.errors import InvalidUsageError
+from gemma_pack.gemma import decoder_number, kv_cache_bytes, require_gemma
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -116,9 +116,7 @@ def plan_resources(image: ServedImage, demand: Demand) -> Resources:
 
 
 def _context(config: Mapping[str, Any], wanted: int | None) -> int:
-    longest = text_config(config).get("max_position_embeddings")
-    if not isinstance(longest, int):
-        raise CheckpointError("config.json does not say max_position_embeddings", hint="make the variant again")
+    longest = decoder_number(config, "max_position_embeddings")
     if wanted is not None and wanted > longest:
         raise InvalidUsageError(
             f"the model has a context of {longest} tokens, not {wanted}", hint=f"--max-model-len {longest} or less"
@@ -128,8 +126,7 @@ def _context(config: Mapping[str, Any], wanted: int | None) -> int:
 
 def _split(image: ServedImage, kv_cache: int, demand: Demand) -> tuple[int, int]:
     """Return the smallest number of GPUs that is enough, and the bytes that each must have."""
-    text = text_config(image.config)
-    kv_heads = text["num_key_value_heads"]
+    kv_heads = decoder_number(image.config, "num_key_value_heads")
     needed = 0
     for gpus in filter(lambda count: _divides(image.config, count), GPU_COUNTS):
         share = max(1, kv_heads // gpus) / kv_heads  # vLLM repeats heads rather than cut one
@@ -145,10 +142,9 @@ def _split(image: ServedImage, kv_cache: int, demand: Demand) -> tuple[int, int]
 
 def _divides(config: Mapping[str, Any], gpus: int) -> bool:
     """Whether tensor parallelism over `gpus` cuts neither a head nor a group of quantized input columns."""
-    text = text_config(config)
-    heads = text["num_attention_heads"]
+    heads = decoder_number(config, "num_attention_heads")
     group = _group_size(config)
-    columns = (text["intermediate_size"], heads * text.get("head_dim", 256))
+    columns = (decoder_number(config, "intermediate_size"), heads * decoder_number(config, "head_dim"))
     return bool(heads % gpus == 0 and all(width % (gpus * group) == 0 for width in columns))
 
 

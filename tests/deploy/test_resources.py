@@ -83,7 +83,12 @@ def test_what_is_not_a_gemma_is_refused(served: Callable[..., ServedImage]) -> N
     with pytest.raises(CheckpointError, match="not a Gemma"):
         plan_resources(served(config={"model_type": "llama"}), Demand())
     with pytest.raises(CheckpointError, match="max_position_embeddings"):
-        plan_resources(served(config={"model_type": "gemma2"}), Demand())
+        plan_resources(served(config={"model_type": "gemma2", "max_position_embeddings": "8192"}), Demand())
+
+
+def test_what_config_json_leaves_out_is_what_transformers_takes_it_for(served: Callable[..., ServedImage]) -> None:
+    resources = plan_resources(served(config={"model_type": "gemma2"}), Demand())
+    assert resources.max_model_len == 8192
 
 
 @given(
