@@ -13,7 +13,7 @@ from gemma_pack.errors import InvalidUsageError
 if TYPE_CHECKING:
     from gemma_pack.console import Console
     from gemma_pack.oci.manifest import Platform
-    from gemma_pack.oci.package import PackageResult
+    from gemma_pack.oci.package import Kind, PackageResult
 
 
 @click.command(
@@ -24,36 +24,55 @@ Examples:
 )
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="The OCI layout to write.  [default: DIRECTORY.oci]"
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The OCI layout to write.  [default: DIRECTORY.oci, or DIRECTORY.artifact.oci]",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["modelcar", "artifact"]),
+    default="modelcar",
+    show_default=True,
+    help="A modelcar has the files under /models in an image, for KServe. An artifact has them as they are, one a "
+    "layer, for ilab, oras and ModelPack.",
 )
 @click.option(
     "--base",
     default="embedded",
     show_default=True,
     metavar="embedded|none|LAYOUT",
-    help="What lies under the weights: KServe's own link-and-wait binary, nothing, or an image in an OCI layout.",
+    help="What lies under a modelcar's weights: KServe's own link-and-wait binary, nothing, or an image in a layout.",
 )
 @click.option(
     "--platform",
     multiple=True,
     metavar="OS/ARCH",
-    help="For which platform; may be given several times.  [default: all that the base has]",
+    help="For which platform a modelcar is; may be given several times.  [default: all that the base has]",
 )
 @with_console
-def command(directory: Path, output: Path | None, base: str, platform: tuple[str, ...], console: Console) -> None:
-    """Pack a checkpoint as an OCI modelcar image, in a layout on disk.
+def command(
+    directory: Path,
+    output: Path | None,
+    layout: Kind,
+    base: str,
+    platform: tuple[str, ...],
+    console: Console,
+) -> None:
+    """Pack a checkpoint as an OCI image, in a layout on disk.
 
-    The files come to lie under /models, one uncompressed layer a shard, so that all variants and platforms share what
-    is equal. The same directory gives the same digest on any machine. Hidden files are left out.
+    By default it is a modelcar for every platform of its base: the files come to lie under /models, one uncompressed
+    layer a shard, so that all variants and platforms share what is equal. The same directory gives the same
+    digest on any machine. Hidden files are left out.
     """
     from gemma_pack.oci.package import package
 
     named = directory if directory.name not in {"", ".."} else directory.resolve()
-    target = output or named.with_name(f"{named.name}.oci")
+    target = output or named.with_name(f"{named.name}.oci" if layout == "modelcar" else f"{named.name}.artifact.oci")
     wanted = [_platform(text) for text in dict.fromkeys(platform)]
-    result = package(directory, target, base=base, platforms=wanted, reporter=console)
+    result = package(directory, target, kind=layout, base=base, platforms=wanted, reporter=console)
     console.result(result, _text(result))
-    if base == "none":
+    if result.base == "none":
         console.warn("without a base, KServe mounts it as oci+native:// or oci+fetch:// only, not as oci://")
     console.hint(f"gemma-pack push {result.layout} REGISTRY/NAME:TAG")
 
@@ -71,6 +90,8 @@ def _text(result: PackageResult) -> str:
     from gemma_pack.console import format_bytes, table
 
     rows = [(layer.title.removesuffix(".tar"), format_bytes(layer.size_bytes), layer.digest) for layer in result.layers]
-    rows.append(("the image, with its base", format_bytes(result.size_bytes), result.digest))
+    whole = "the artifact" if result.kind == "artifact" else "the image, with its base"
+    rows.append((whole, format_bytes(result.size_bytes), result.digest))
     verb = "was already there" if result.already_there else "written"
-    return f"{table(rows, header=('layer', 'size', 'digest'))}\n\n{result.layout} {verb}: {', '.join(result.platforms)}"
+    platforms = f": {', '.join(result.platforms)}" if result.platforms else ""
+    return f"{table(rows, header=('layer', 'size', 'digest'))}\n\n{result.layout} {verb}{platforms}"

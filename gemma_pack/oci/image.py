@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from gemma_pack.errors import InvalidUsageError
 from gemma_pack.oci.base import EMBEDDED, BaseImage, FileBlob, load_base
-from gemma_pack.oci.labels import annotations, labels
+from gemma_pack.oci.labels import image_annotations, image_labels
 from gemma_pack.oci.layers import LayerSource, plan_layers
 from gemma_pack.oci.manifest import (
     CONFIG_TYPE,
@@ -129,7 +129,7 @@ class ImagePlan:
         return encode_json({
             "created": self.created,
             **base.platform.to_json(),
-            "config": {**(base.runtime or {}), "Labels": labels(self.annotations)},
+            "config": {**(base.runtime or {}), "Labels": image_labels(self.annotations)},
             "rootfs": {"type": "layers", "diff_ids": [*base.diff_ids, *digests]},
             "history": [*base.history, *steps],
         })  # fmt: skip
@@ -157,11 +157,11 @@ def plan_image(checkpoint: Checkpoint, base: str = EMBEDDED, platforms: Sequence
             f"the image would have {most} layers, and {MAX_LAYERS} is what every runtime mounts",
             hint="choose a --base with fewer layers",
         )
-    created = _created()
-    return ImagePlan(layers=layers, bases=bases, annotations=annotations(checkpoint, created), created=created)
+    created = created_time()
+    return ImagePlan(layers=layers, bases=bases, annotations=image_annotations(checkpoint, created), created=created)
 
 
-def _created() -> str:
+def created_time() -> str:
     """Return SOURCE_DATE_EPOCH (https://reproducible-builds.org/specs/source-date-epoch/) or 1970 as RFC 3339."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "0")
     try:

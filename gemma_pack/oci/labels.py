@@ -25,7 +25,7 @@ _SPDX: Final = {"apache-2.0": "Apache-2.0", "mit": "MIT"}
 _HUB_PAGE: Final = "https://huggingface.co/"
 
 
-def annotations(checkpoint: Checkpoint, created: str) -> dict[str, str]:
+def image_annotations(checkpoint: Checkpoint, created: str) -> dict[str, str]:
     """Return the annotations of the image of `checkpoint`.
 
     Args:
@@ -43,7 +43,7 @@ def annotations(checkpoint: Checkpoint, created: str) -> dict[str, str]:
     return dict(sorted(texts.items()))
 
 
-def labels(texts: Mapping[str, str]) -> dict[str, str]:
+def image_labels(texts: Mapping[str, str]) -> dict[str, str]:
     """Return the labels of the image's config: the annotations, and the same under Red Hat's names."""
     title = texts["org.opencontainers.image.title"]
     description = texts["org.opencontainers.image.description"]

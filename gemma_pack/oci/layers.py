@@ -122,9 +122,7 @@ def plan_layers(checkpoint: Checkpoint) -> tuple[LayerSource, ...]:
         CheckpointError: the directory holds something that must not go into an image: a link that leaves it, a
             pickle, a special file, a shard that the index does not name.
     """
-    groups: dict[str, list[LayerEntry]] = {"tokenizer": [], "weights": [], "configuration": [], "documents": []}
-    for entry in _collect(checkpoint):
-        groups[_group(entry)].append(entry)
+    groups = group_entries(checkpoint)
     layers = [
         _layer(groups["tokenizer"], "tokenizer.tar"),
         *_weight_layers(groups["weights"]),
@@ -133,6 +131,18 @@ def plan_layers(checkpoint: Checkpoint) -> tuple[LayerSource, ...]:
     if groups["documents"]:
         layers.append(_layer(groups["documents"], "documents.tar"))
     return tuple(layers)
+
+
+def group_entries(checkpoint: Checkpoint) -> dict[str, list[LayerEntry]]:
+    """Return the files of a checkpoint by what they are: tokenizer, weights, configuration, documents.
+
+    Raises:
+        CheckpointError: as `plan_layers`.
+    """
+    groups: dict[str, list[LayerEntry]] = {"tokenizer": [], "weights": [], "configuration": [], "documents": []}
+    for entry in _collect(checkpoint):
+        groups[_group(entry)].append(entry)
+    return groups
 
 
 def _collect(checkpoint: Checkpoint) -> list[LayerEntry]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
-from gemma_pack.checkpoint import staged_directory
+from gemma_pack.disk import staged_directory
 from gemma_pack.errors import RegistryError
 from gemma_pack.oci.manifest import (
     INDEX_TYPES,

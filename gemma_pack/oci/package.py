@@ -1,37 +1,41 @@
-"""Packaging: a checkpoint directory becomes an OCI layout with its modelcar image.
+"""Packaging: a checkpoint directory becomes an OCI layout that holds its modelcar image, or its artifact of raw files.
 
-Each file is read once, two at a time, and hashed while it is written. An image that is there already is recognized
+Each file is read once, two at a time, and hashed while it is written. What is there already is recognized
 by its digest, so the same command twice does nothing the second time.
 """
 
 from __future__ import annotations
 
-import shutil
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path  # noqa: TC003 - pydantic reads the annotation
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from gemma_pack.checkpoint import Checkpoint, refuse_existing
-from gemma_pack.console import format_bytes
-from gemma_pack.errors import InvalidUsageError, MachineError, RegistryError
+from gemma_pack.checkpoint import Checkpoint
+from gemma_pack.disk import refuse_existing, require_space
+from gemma_pack.errors import InvalidUsageError, RegistryError
+from gemma_pack.oci.artifact import ArtifactPlan, plan_artifact
 from gemma_pack.oci.base import EMBEDDED
-from gemma_pack.oci.image import Image, ImagePlan, plan_image
+from gemma_pack.oci.image import ImagePlan, plan_image
 from gemma_pack.oci.layout import Layout, create_layout, hash_stream
+from gemma_pack.oci.transfer import in_parallel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from gemma_pack.console import Reporter
+    from gemma_pack.oci.artifact import RawFile
+    from gemma_pack.oci.image import Image
+    from gemma_pack.oci.layers import LayerSource
     from gemma_pack.oci.manifest import Platform
 
+    Plan = ImagePlan | ArtifactPlan
     Read = Callable[[Iterable[bytes], Callable[[int], None]], str]
     """Consumes a blob, reports each piece's size, returns its digest."""
 
-THREADS: Final = 2
-"""sha256 runs at about 1.8 GB/s a core: two threads hash faster than most disks read and write."""
+Kind = Literal["modelcar", "artifact"]
 
 
 class PackagedLayer(BaseModel):
@@ -50,13 +54,15 @@ class PackageResult(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    kind: Kind
     layout: Path
     digest: str
-    """Of the image index: what to pin."""
+    """Of the modelcar's index or the artifact's manifest: what to pin."""
     size_bytes: int
     """Of all blobs, those of the base included."""
     platforms: tuple[str, ...]
-    base: str
+    base: str | None
+    """What was asked for. An artifact has no platforms and no base."""
     layers: tuple[PackagedLayer, ...]
     already_there: bool
     """The layout held this very image before."""
@@ -66,22 +72,25 @@ def package(
     directory: Path,
     target: Path,
     *,
+    kind: Kind = "modelcar",
     base: str = EMBEDDED,
     platforms: Sequence[Platform] = (),
     reporter: Reporter,
 ) -> PackageResult:
-    """Write the modelcar image of the checkpoint in `directory` as the OCI layout `target`.
+    """Write the modelcar image, or the artifact, of the checkpoint in `directory` as the OCI layout `target`.
 
     Args:
         directory: a whole checkpoint with a tokenizer.
         target: appears whole or not at all.
-        base: `embedded`, `none` or the path of an OCI layout.
-        platforms: empty for all that the base has.
+        kind: `modelcar` for what mounts an image, `artifact` for what downloads files.
+        base: `embedded`, `none` or the path of an OCI layout; of a modelcar only.
+        platforms: empty for all that the base has; of a modelcar only.
         reporter: hears of progress.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or holds what must not go into an image.
-        InvalidUsageError: `target` is in the way or inside `directory`, or the base does not fit.
+        InvalidUsageError: `target` is in the way or inside `directory`, the base does not fit, or an artifact is to
+            have one.
         RegistryError: the base is broken.
         MachineError: the disk has no room.
     """
@@ -90,15 +99,24 @@ def package(
             f"{target} lies inside {directory}, and the next image would contain it",
             hint="choose another place with -o",
         )
-    plan = plan_image(Checkpoint.open(directory), base, platforms)
-    already_there = _is_layout(target)
+    checkpoint = Checkpoint.open(directory)
+    if kind == "artifact" and (base != EMBEDDED or platforms):
+        raise InvalidUsageError(
+            "an artifact of raw files has no base and no platform", hint="leave out --base and --platform"
+        )
+    plan = plan_artifact(checkpoint) if kind == "artifact" else plan_image(checkpoint, base, platforms)
+    already_there = (target / "oci-layout").is_file()
     image = _recognize(plan, target, reporter) if already_there else _write(plan, target, reporter)
+    if kind == "artifact":
+        _warn_of_twins(image, reporter)
+    sources: Sequence[LayerSource | RawFile] = plan.layers
     return PackageResult(
+        kind=kind,
         layout=target,
         digest=image.root.digest,
         size_bytes=image.size_bytes,
-        platforms=tuple(str(one.platform) for one in plan.bases),
-        base=base,
+        platforms=tuple(str(one.platform) for one in plan.bases) if isinstance(plan, ImagePlan) else (),
+        base=base if isinstance(plan, ImagePlan) else None,
         layers=tuple(
             PackagedLayer(
                 title=source.title,
@@ -106,15 +124,27 @@ def package(
                 size_bytes=layer.size_bytes,
                 files=tuple(entry.name for entry in source.files),
             )
-            for source, layer in zip(plan.layers, image.layers, strict=True)
+            for source, layer in zip(sources, image.layers, strict=True)
         ),
         already_there=already_there,
     )
 
 
-def _write(plan: ImagePlan, target: Path, reporter: Reporter) -> Image:
+def _warn_of_twins(image: Image, reporter: Reporter) -> None:
+    """Warn where two files of an artifact are one blob: ilab's table from blobs to names keeps one name a blob."""
+    names: dict[str, list[str]] = {}
+    for layer in image.layers:
+        names.setdefault(layer.digest, []).append(layer.title or layer.digest)
+    for twins in names.values():
+        if len(twins) > 1:
+            reporter.warn(
+                f"{' and '.join(twins)} have the same bytes, and ilab model download will write only the last"
+            )
+
+
+def _write(plan: Plan, target: Path, reporter: Reporter) -> Image:
     refuse_existing(target)
-    _require_space(plan, target)
+    require_space(target, plan.size_bytes)
     with create_layout(target) as writer:
         for blob in plan.base_layers:
             if writer.write_stream(blob.iter_chunks()) != blob.descriptor.digest:
@@ -126,7 +156,7 @@ def _write(plan: ImagePlan, target: Path, reporter: Reporter) -> Image:
     return image
 
 
-def _recognize(plan: ImagePlan, target: Path, reporter: Reporter) -> Image:
+def _recognize(plan: Plan, target: Path, reporter: Reporter) -> Image:
     """Return the planned image if `target` holds exactly it; raise InvalidUsageError if it holds anything else."""
     in_the_way = InvalidUsageError(
         f"{target} holds another image, and it is in the way", hint="choose another place with -o, or remove it first"
@@ -147,7 +177,7 @@ def _recognize(plan: ImagePlan, target: Path, reporter: Reporter) -> Image:
     return image
 
 
-def _may_hold(target: Path, plan: ImagePlan) -> bool:
+def _may_hold(target: Path, plan: Plan) -> bool:
     """Say whether the layers in `target` have the planned sizes, which costs no reading of weights."""
     planned = [layer.size_bytes for layer in plan.layers]
     try:
@@ -157,37 +187,12 @@ def _may_hold(target: Path, plan: ImagePlan) -> bool:
     return all([layer.size_bytes for layer in manifest.layers][-len(planned) :] == planned for _, manifest in manifests)
 
 
-def _is_layout(target: Path) -> bool:
-    return (target / "oci-layout").is_file()
-
-
-def _require_space(plan: ImagePlan, target: Path) -> None:
-    existing = next(parent for parent in target.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < plan.size_bytes:
-        raise MachineError(
-            f"the image needs {format_bytes(plan.size_bytes)}, {existing} has {format_bytes(free)} free",
-            hint="free some space, or choose another place with -o",
-        )
-
-
-def _read_layers(plan: ImagePlan, read: Read, label: str, reporter: Reporter) -> list[str]:
-    """Read every layer through `read`, THREADS at a time, and return their digests in order."""
-    total = sum(layer.size_bytes for layer in plan.layers)
-    stop, lock = threading.Event(), threading.Lock()
-    with reporter.progress(label, total, "bytes") as task, ThreadPoolExecutor(THREADS) as pool:
-
-        def advance(size_bytes: int) -> None:
-            with lock:
-                task.advance(size_bytes)
-
-        futures = [pool.submit(read, _until(stop, layer.iter_chunks()), advance) for layer in plan.layers]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            stop.set()  # what runs ends at its next piece, what waits never starts
-            pool.shutdown(cancel_futures=True)
-            raise
+def _read_layers(plan: Plan, read: Read, label: str, reporter: Reporter) -> list[str]:
+    """Read every layer through `read`, several at a time, and return their digests in order."""
+    stop = threading.Event()
+    with reporter.progress(label, sum(layer.size_bytes for layer in plan.layers), "bytes") as task:
+        jobs = [partial(read, _until(stop, layer.iter_chunks()), task.advance) for layer in plan.layers]
+        return in_parallel(jobs, stop)
 
 
 def _until(stop: threading.Event, chunks: Iterator[bytes]) -> Iterator[bytes]:

@@ -57,6 +57,17 @@ def valid_oci() -> Callable[[str, Any], None]:
     return check
 
 
+@pytest.fixture
+def valid_model_pack() -> Callable[[Any], None]:
+    """Return a function that checks a model's configuration against the JSON schema of the CNCF model-spec."""
+    if not SCHEMAS.is_dir():
+        pytest.skip(f"no published schemas in {SCHEMAS}; GEMMA_PACK_SCHEMAS says where they are")
+    import jsonschema
+
+    schema = json.loads((SCHEMAS / "modelpack-config-schema.json").read_text())
+    return jsonschema.Draft202012Validator(schema).validate
+
+
 @dataclass(frozen=True)
 class Member:
     """One path of an unpacked image."""

@@ -10,7 +10,7 @@ import pytest
 
 from gemma_pack.checkpoint import Checkpoint
 from gemma_pack.errors import CheckpointError
-from gemma_pack.oci.labels import annotations, labels
+from gemma_pack.oci.labels import image_annotations, image_labels
 from gemma_pack.record import (
     QuantizationRecord,
     Record,
@@ -48,7 +48,7 @@ RECORD = Record(
 def test_a_variant_says_what_it_is_from_its_record(raw_checkpoint: Callable[..., Path]) -> None:
     directory = raw_checkpoint()
     RECORD.write(directory)
-    texts = annotations(Checkpoint.open(directory), EPOCH)
+    texts = image_annotations(Checkpoint.open(directory), EPOCH)
     assert texts == {
         "gemma-pack.model": "google/gemma-3-270m-it",
         "gemma-pack.recipe": "w4a16",
@@ -73,8 +73,8 @@ def test_a_variant_says_what_it_is_from_its_record(raw_checkpoint: Callable[...,
 def test_labels_add_red_hats_names(raw_checkpoint: Callable[..., Path]) -> None:
     directory = raw_checkpoint()
     RECORD.write(directory)
-    texts = annotations(Checkpoint.open(directory), EPOCH)
-    found = labels(texts)
+    texts = image_annotations(Checkpoint.open(directory), EPOCH)
+    found = image_labels(texts)
     assert texts.items() <= found.items()
     assert {key: found[key] for key in sorted(found.keys() - texts.keys())} == {
         "description": texts["org.opencontainers.image.description"],
@@ -95,7 +95,7 @@ def test_the_base_says_that_it_is_a_dequantized_gguf(raw_checkpoint: Callable[..
         kind="demo", model_id="google/gemma-3-270m-it", files=(), license="apache-2.0", note="Dequantized from a GGUF."
     )
     Record(source=source).write(directory)
-    texts = annotations(Checkpoint.open(directory), EPOCH)
+    texts = image_annotations(Checkpoint.open(directory), EPOCH)
     assert texts["org.opencontainers.image.description"] == "google/gemma-3-270m-it. Dequantized from a GGUF."
     assert texts["org.opencontainers.image.licenses"] == "Apache-2.0"
     assert texts["org.opencontainers.image.title"] == "gemma-3-270m-it"
@@ -121,7 +121,7 @@ def test_without_a_record_only_the_config_speaks(
     raw_checkpoint: Callable[..., Path], config: dict[str, object], description: str
 ) -> None:
     directory = raw_checkpoint(files={"config.json": json.dumps(config)})
-    texts = annotations(Checkpoint.open(directory), EPOCH)
+    texts = image_annotations(Checkpoint.open(directory), EPOCH)
     assert texts == {
         "org.opencontainers.image.created": EPOCH,
         "org.opencontainers.image.description": description,
@@ -131,4 +131,4 @@ def test_without_a_record_only_the_config_speaks(
 
 def test_a_broken_record_is_an_error_and_not_the_lack_of_one(raw_checkpoint: Callable[..., Path]) -> None:
     with pytest.raises(CheckpointError, match="no valid record"):
-        annotations(Checkpoint.open(raw_checkpoint(files={"gemma-pack.json": "{}"})), EPOCH)
+        image_annotations(Checkpoint.open(raw_checkpoint(files={"gemma-pack.json": "{}"})), EPOCH)

@@ -170,7 +170,7 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(
     directory = raw_checkpoint()
     usage = shutil.disk_usage(directory)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20_000))
-    with pytest.raises(MachineError, match=r"needs 2\.\d+ MB, .* has 20\.00 kB free"):
+    with pytest.raises(MachineError, match=r"needs 2\.\d+ MB and the disk has 20\.00 kB free"):
         pack(directory)
     assert not leftovers(directory)
 
