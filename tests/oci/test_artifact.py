@@ -16,6 +16,7 @@ from gemma_pack.oci.artifact import plan_artifact
 from gemma_pack.oci.layout import Layout
 from gemma_pack.oci.manifest import Platform
 from gemma_pack.oci.package import package
+from gemma_pack.oci.push import push
 from gemma_pack.record import QuantizationRecord, Record, SourceRecord, UntouchedProof
 
 if TYPE_CHECKING:
@@ -172,18 +173,19 @@ def test_ilab_finds_every_file(checkpoint: Path) -> None:
     assert {name: path.read_bytes() for name, path in files.items()} == contents(checkpoint)
 
 
-def test_ilab_finds_every_file_after_skopeo_and_a_registry(
+def test_ilab_finds_every_file_after_a_push(
     checkpoint: Path, registry: Any, tmp_path: Path, tool: Callable[[str], str]
 ) -> None:
-    # `ilab model download` runs this second copy itself, with these options.
-    layout, place = pack(checkpoint), f"docker://{registry.host}/models/gemma:1"
-    skopeo = [tool("skopeo"), "copy", "--quiet"]
-    subprocess.run([*skopeo, "--dest-tls-verify=false", f"oci:{layout}", place], check=True, timeout=60)
-    received = tmp_path / "received"
+    layout, received = pack(checkpoint), tmp_path / "received"
+    pushed = push(layout, f"{registry.host}/models/gemma:1", reporter=Console("quiet"))
+    # `ilab model download` runs this copy itself, with this option.
+    place = f"docker://{registry.host}/models/gemma:1"
     subprocess.run(
-        [*skopeo, "--src-tls-verify=false", place, f"oci:{received}", "--remove-signatures"], check=True, timeout=60
+        [tool("skopeo"), "copy", "--quiet", "--src-tls-verify=false", place, f"oci:{received}", "--remove-signatures"],
+        check=True,
+        timeout=60,
     )
-    assert root(received)[0]["digest"] == root(layout)[0]["digest"]
+    assert root(received)[0]["digest"] == root(layout)[0]["digest"] == pushed.digest
     assert {name: path.read_bytes() for name, path in ilab_files(received).items()} == contents(checkpoint)
 
 
