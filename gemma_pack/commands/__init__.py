@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
+import signal
 import sys
 from typing import Final
 
@@ -16,7 +18,7 @@ import click
 
 from gemma_pack import __version__
 from gemma_pack.console import Console
-from gemma_pack.errors import GemmaPackError, MachineError
+from gemma_pack.errors import GemmaPackError, InvalidUsageError, MachineError
 
 VERBS: Final[tuple[str, ...]] = (
     "download",
@@ -38,12 +40,24 @@ class _Verbs(click.Group):
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return the command of a verb; None for an unknown one, which click reports with the closest name."""
+        """Return the command of a verb; None for an unknown one."""
         del ctx
         if cmd_name not in VERBS:
             return None
         command: click.Command = importlib.import_module(f"gemma_pack.commands.{cmd_name}").command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that `args` begin with; name the closest one for a command that there is not."""
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            import difflib
+
+            close = difflib.get_close_matches(args[0].lower(), VERBS, n=1)
+            hint = f"did you mean gemma-pack {close[0]}?" if close else "gemma-pack --help lists the commands"
+            raise InvalidUsageError(f"there is no command {args[0]}", hint=hint)
+        return super().resolve_command(ctx, args)
 
 
 @click.group(
@@ -73,6 +87,9 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and exit with the code that the error tree assigns."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cancelled CI job cleans up as Ctrl-C does
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a Latin-1 terminal shows a ? where it lacks the letter
     sys.exit(run(sys.argv[1:]))
 
 
@@ -80,32 +97,45 @@ def run(arguments: list[str]) -> int:
     """Run the command line on `arguments` and return its exit code."""
     try:
         outcome = cli.main(args=arguments, prog_name="gemma-pack", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()  # usage: one line of synopsis, then the sentence
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         _console(arguments).status("interrupted; finished stages are kept, run the same command again to go on")
         return 130
-    except (GemmaPackError, OSError) as error:
+    except (GemmaPackError, click.ClickException, OSError, MemoryError) as error:
         if os.environ.get("GEMMA_PACK_DEBUG"):
-            raise
-        known = error if isinstance(error, GemmaPackError) else _operating_system_error(error)
+            import traceback
+
+            traceback.print_exc()
+        known = _known_error(error)
         _console(arguments).error(known)
         return known.exit_code
     return outcome if isinstance(outcome, int) else 0
 
 
-def _operating_system_error(error: OSError) -> GemmaPackError:
+def _known_error(error: GemmaPackError | click.ClickException | OSError | MemoryError) -> GemmaPackError:
+    if isinstance(error, GemmaPackError):
+        return error
+    if isinstance(error, click.UsageError):
+        hint = f"{error.ctx.command_path} --help says how" if error.ctx else None
+        return InvalidUsageError(error.format_message(), hint=hint)
+    if isinstance(error, click.ClickException):
+        return GemmaPackError(error.format_message())
+    if isinstance(error, MemoryError):
+        return MachineError("this machine has too little memory", hint="close other programs, or use a larger machine")
     where = f" at {error.filename}" if error.filename else ""
-    if error.errno == errno.ENOSPC:
-        return MachineError(
-            f"no space left on the disk{where}", hint="free some space, or choose another place with -o"
-        )
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        hint = "free some space, or choose another place with -o"
+        return MachineError(f"no space left on the disk{where}", hint=hint)
     return GemmaPackError(f"{error.strerror or error}{where}", hint="GEMMA_PACK_DEBUG=1 shows where it happened")
 
 
 def _console(arguments: list[str]) -> Console:
-    """Honour `--format json` for the error even though its command has already unwound."""
+    """Honour `--format json`, or its variable, for the error even though its command has unwound or never begun."""
     pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    as_json = any(a == "--format=json" or (a, b) == ("--format", "json") for a, b in pairs)
-    return Console("json" if as_json else "human")
+    given = [b if a == "--format" else a.removeprefix("--format=") for a, b in pairs if a.startswith("--format")]
+    verbs = [argument.replace("-", "_") for argument in arguments if not argument.startswith("-")]
+    variables = ("_".join(("GEMMA_PACK", *verbs[:depth], "FORMAT")).upper() for depth in (1, 2))
+    given += [os.environ[name] for name in variables if name in os.environ]
+    return Console("json" if given[:1] == ["json"] else "human")

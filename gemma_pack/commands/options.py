@@ -21,15 +21,15 @@ def with_console(command: F) -> F:
 
     @click.option(
         "--format",
-        "output_format",
         type=click.Choice(["human", "json"]),
         default="human",
         help="How to print the result.",
     )
     @click.option("-q", "--quiet", is_flag=True, help="Print the result only.")
     @functools.wraps(command)
-    def wrapper(*args: Any, output_format: str, quiet: bool, **kwargs: Any) -> Any:  # noqa: ANN401 - click's own
-        console = Console("json" if output_format == "json" else "quiet" if quiet else "human")
+    def wrapper(*args: Any, quiet: bool, **kwargs: Any) -> Any:  # noqa: ANN401 - click's own
+        as_json = kwargs.pop("format") == "json"
+        console = Console("json" if as_json else "quiet" if quiet else "human")
         return command(*args, console=console, **kwargs)
 
     return wrapper  # type: ignore[return-value]

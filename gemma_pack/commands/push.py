@@ -39,9 +39,9 @@ def command(
     ca_file: Path | None,
     console: Console,
 ) -> None:
-    """Push an OCI layout, or a checkpoint that is packed while it is sent, to a registry.
+    """Push an OCI layout or a checkpoint to a registry.
 
-    Only what the registry lacks is sent. The tag is set when the image is whole, and everything is asked for
+    A checkpoint is packed while it is sent. Only what the registry lacks is sent. The tag is set when the image is whole, and everything is asked for
     again. After an interruption, the same command sends the rest. Logins are those of podman and docker.
     """
     from gemma_pack.oci.push import push

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from gemma_pack.console import format_bytes, table
 from gemma_pack.errors import InvalidUsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from gemma_pack.console import Console
 
 DEFAULT_MODEL = "google/gemma-2-9b-it"
@@ -26,7 +29,7 @@ Examples:
   gemma-pack quantize demo --recipe w4a16 --calibration builtin --samples 64 --sequence-length 512""",
 )
 @click.argument("model", required=False, envvar="GEMMA_PACK_MODEL")
-@click.option("-r", "--recipe", "recipes", multiple=True, required=True, help="A shipped recipe or a YAML file.")
+@click.option("-r", "--recipe", multiple=True, required=True, help="A shipped recipe or a YAML file.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Directory to make  [default: <model>-quantized.<recipe>]"
 )
@@ -40,7 +43,7 @@ Examples:
 @with_console
 def command(
     model: str | None,
-    recipes: tuple[str, ...],
+    recipe: tuple[str, ...],
     output: Path | None,
     revision: str | None,
     calibration: str | None,
@@ -60,18 +63,20 @@ def command(
     from gemma_pack.build import quantize_model
     from gemma_pack.recipe import load_recipe
 
-    loaded = {name: load_recipe(name) for name in recipes}
+    loaded = {name: load_recipe(name) for name in recipe}
     if output and len(loaded) > 1:
         raise InvalidUsageError("-o names one directory, and there are several recipes", hint="leave out -o")
     model = model or project_model() or DEFAULT_MODEL
+    stem = default_stem(model)
+    targets = {name: output or Path(f"{stem}-quantized.{chosen.name}") for name, chosen in loaded.items()}
+    _require_free(targets)
     results = []
-    for name, recipe in loaded.items():
+    for name, target in targets.items():
         changes = {"dataset": calibration, "samples": samples, "sequence_length": sequence_length, "seed": seed}
-        chosen = recipe.calibration.model_copy(update={k: v for k, v in changes.items() if v is not None})
-        target = output or Path(f"{default_stem(model)}-quantized.{recipe.name}")
+        text = loaded[name].calibration.model_copy(update={k: v for k, v in changes.items() if v is not None})
         results.append(
             quantize_model(
-                model, name, chosen, target, revision=revision, device=device, offline=offline, reporter=console
+                model, name, text, target, revision=revision, device=device, offline=offline, reporter=console
             )
         )
     rows = [
@@ -86,7 +91,22 @@ def command(
         ]
     }
     console.result(data, table(rows, header=["variant", "bf16", "quantized", ""]))
-    console.hint(f"gemma-pack validate {results[-1].directory}")
+    console.hint(f"gemma-pack validate {shlex.quote(str(results[-1].directory))}")
+
+
+def _require_free(targets: Mapping[str, Path]) -> None:
+    """Refuse, before gigabytes are fetched, a directory that holds something else or that two recipes would make."""
+    from gemma_pack.disk import refuse_existing
+    from gemma_pack.record import read_record
+
+    owners: dict[Path, str] = {}
+    for name, target in targets.items():
+        if owners.setdefault(target, name) != name:
+            raise InvalidUsageError(
+                f"the recipes {owners[target]} and {name} would both make {target}", hint="give them different names"
+            )
+        if not target.is_dir() or read_record(target) is None:  # with a record it may be this very variant
+            refuse_existing(target)
 
 
 def _outcome(*, made_now: bool) -> str:

@@ -13,19 +13,26 @@ if TYPE_CHECKING:
     from gemma_pack.console import Console
 
 
+class _ListByDefault(click.Group):
+    """A group whose default is `list`: `recipes --format json` is `recipes list --format json`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `list` before options that are not the group's own."""
+        if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
 @click.group(
     "recipes",
-    invoke_without_command=True,
+    cls=_ListByDefault,
     epilog="""\b
 Examples:
   gemma-pack recipes show w4a16 > mine.yaml
   gemma-pack recipes check mine.yaml""",
 )
-@click.pass_context
-def command(context: click.Context) -> None:
-    """List, show and check recipes."""
-    if context.invoked_subcommand is None:
-        context.invoke(list_)
+def command() -> None:
+    """List, show and check recipes. Without a command it lists."""
 
 
 @command.command(
@@ -77,5 +84,6 @@ def check(file: str, console: Console) -> None:
     from gemma_pack.recipe import load_recipe
 
     recipe = load_recipe(file)
-    rows = [["name", recipe.name], ["digest", recipe.digest()], ["calibration", recipe.calibration.dataset]]
+    text = recipe.calibration.dataset if recipe.calibration else "none"
+    rows = [["name", recipe.name], ["digest", recipe.digest()], ["calibration", text]]
     console.result(recipe, f"{file} is valid\n" + table(rows))
