@@ -41,8 +41,9 @@ def command(
 ) -> None:
     """Push an OCI layout or a checkpoint to a registry.
 
-    A checkpoint is packed while it is sent. Only what the registry lacks is sent. The tag is set when the image is whole, and everything is asked for
-    again. After an interruption, the same command sends the rest. Logins are those of podman and docker.
+    A checkpoint is packed while it is sent, and only what the registry lacks is sent. The tag is set when the image is
+    whole, and everything is asked for again. After an interruption, the same command sends the rest. Logins are
+    those of podman and docker.
     """
     from gemma_pack.oci.push import push
 
