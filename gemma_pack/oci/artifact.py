@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from gemma_pack.oci.image import Document, Image, created_time
+from gemma_pack.oci.image import Document, Image, created_time, describe_layers
 from gemma_pack.oci.labels import image_annotations
 from gemma_pack.oci.layers import MODELS_DIRECTORY, LayerEntry, group_entries, read_file
-from gemma_pack.oci.manifest import MANIFEST_TYPE, Descriptor, Manifest, describe, encode_json
+from gemma_pack.oci.manifest import MANIFEST_TYPE, Manifest, describe, encode_json
 from gemma_pack.record import read_record
 
 if TYPE_CHECKING:
@@ -100,12 +100,7 @@ class ArtifactPlan:
 
     def assemble(self, digests: Sequence[str]) -> Image:
         """Return the artifact, given the digest of each of `layers` in order; its root is the one manifest."""
-        layers = tuple(
-            Descriptor(
-                media_type=layer.media_type, digest=digest, size_bytes=layer.size_bytes, annotations=layer.annotations
-            )
-            for layer, digest in zip(self.layers, digests, strict=True)
-        )
+        layers = describe_layers(self.layers, digests)
         config = encode_json({**self.model, "modelfs": {"type": "layers", "diffIds": list(digests)}})
         described = describe(config, ARTIFACT_CONFIG_TYPE)
         manifest = Manifest(

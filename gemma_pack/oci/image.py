@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from gemma_pack.checkpoint import Checkpoint
+    from gemma_pack.oci.layers import Layer
 
 MAX_LAYERS: Final = 40
 """Docker stops at 127, older containerd at about 60 (overlay mount options must fit into one page)."""
@@ -89,19 +90,11 @@ class ImagePlan:
     @property
     def size_bytes(self) -> int:
         """Bytes of all layers, without the few kilobytes of documents."""
-        return sum(blob.size_bytes for blob in (*self.layers, *self.base_layers))
+        return sum(layer.size_bytes for layer in self.layers) + sum(blob.size_bytes for blob in self.base_layers)
 
     def assemble(self, digests: Sequence[str]) -> Image:
         """Return the image, given the digest of each of `layers` in order."""
-        layers = tuple(
-            Descriptor(
-                media_type=layer.media_type,
-                digest=digest,
-                size_bytes=layer.size_bytes,
-                annotations=layer.annotations,
-            )
-            for layer, digest in zip(self.layers, digests, strict=True)
-        )
+        layers = describe_layers(self.layers, digests)
         documents: list[Document] = []
         manifests: list[Descriptor] = []
         for base in self.bases:
@@ -109,7 +102,7 @@ class ImagePlan:
             manifest = Manifest(
                 config=config.descriptor,
                 layers=(*(blob.descriptor for blob in base.layers), *layers),
-                annotations=self.annotations | _base_annotations(base),
+                annotations={**self.annotations, **_base_annotations(base)},
             )
             described = _document(manifest.encode(), MANIFEST_TYPE, platform=base.platform)
             documents += [config, described]
@@ -159,6 +152,16 @@ def plan_image(checkpoint: Checkpoint, base: str = EMBEDDED, platforms: Sequence
         )
     created = created_time()
     return ImagePlan(layers=layers, bases=bases, annotations=image_annotations(checkpoint, created), created=created)
+
+
+def describe_layers(layers: Sequence[Layer], digests: Sequence[str]) -> tuple[Descriptor, ...]:
+    """Return the descriptors of layers, given the digest of each."""
+    return tuple(
+        Descriptor(
+            media_type=layer.media_type, digest=digest, size_bytes=layer.size_bytes, annotations=layer.annotations
+        )
+        for layer, digest in zip(layers, digests, strict=True)
+    )
 
 
 def created_time() -> str:

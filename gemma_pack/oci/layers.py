@@ -3,13 +3,12 @@
 A layer is planned, not built: its size follows from the sizes of its files, and its bytes (tar header, file, padding)
 are made while they are read. So a layout is written with one read of each file, and a push needs no layout at all.
 
-The same files always give the same bytes: GNU headers written here field by field (the standard library's have
-changed between versions), sorted names, mtime 0, owner 0:0, no names, modes 0644 and 0755. The time stays 0 even under
-SOURCE_DATE_EPOCH, which CI sets to the time of a commit: a shard that did not change must stay the same blob.
-Uncompressed, because weights do not compress, so a layer's digest is its diff_id too. Never PAX, whose size
-records for files over 8 GiB Clair does not read, and member names without `./`, as KServe's reader wants them.
+The same files always give the same bytes: sorted names, mtime 0, owner 0:0, no names, modes 0644 and 0755. The time
+stays 0 even under SOURCE_DATE_EPOCH, which CI sets to the time of a commit: a shard that did not change must stay
+the same blob. Uncompressed, because weights do not compress, so a layer's digest is its diff_id too.
+Names go without `./`, as KServe's fetch reader wants them.
 
-Sources: GNU tar manual, "Basic Tar Format"; OCI image-spec layer.md; kserve_storage.py, `_download_oci`.
+Sources: OCI image-spec layer.md; kserve_storage.py, `_download_oci`.
 """
 
 from __future__ import annotations
@@ -17,10 +16,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from gemma_pack.errors import CheckpointError
 from gemma_pack.oci.manifest import LAYER_TYPE
+from gemma_pack.oci.tar_header import DIRECTORY, END, REGULAR, member_header, padded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,10 +32,6 @@ MODELS_DIRECTORY: Final = "models"
 MAX_WEIGHT_LAYERS: Final = 32
 """With those of a base and three of small files, an image stays under the 40 layers that every runtime mounts."""
 CHUNK_BYTES: Final = 1 << 20
-
-_BLOCK: Final = 512
-_END: Final = bytes(2 * _BLOCK)
-_REGULAR, _DIRECTORY, _LONG_NAME = b"0", b"5", b"L"
 
 _PICKLED: Final = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 _TOKENIZER: Final = frozenset({
@@ -58,8 +54,35 @@ class LayerEntry:
     def header(self) -> bytes:
         """Return the GNU header blocks that precede the member's bytes."""
         if self.source is None:
-            return _header(self.name, 0, 0o755, _DIRECTORY)
-        return _header(self.name, self.size_bytes, 0o644, _REGULAR)
+            return member_header(self.name, 0, 0o755, DIRECTORY)
+        return member_header(self.name, self.size_bytes, 0o644, REGULAR)
+
+
+class Layer(Protocol):
+    """What a plan knows of a layer before it is read: a tar that is made on the way, or a file as it is."""
+
+    @property
+    def media_type(self) -> str:
+        """Its media type in a manifest."""
+
+    @property
+    def annotations(self) -> Mapping[str, str]:
+        """Its annotations in a manifest."""
+
+    @property
+    def title(self) -> str:
+        """What to call it in progress and results."""
+
+    @property
+    def files(self) -> tuple[LayerEntry, ...]:
+        """The files of the checkpoint in it."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the whole layer."""
+
+    def iter_chunks(self, start: int = 0) -> Iterator[bytes]:
+        """Yield its bytes from offset `start` on, in pieces of at most 1 MiB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +106,7 @@ class LayerSource:
     @property
     def size_bytes(self) -> int:
         """Bytes of the whole tar, known without reading any file."""
-        return sum(len(entry.header()) + _padded(entry.size_bytes) for entry in self.entries) + len(_END)
+        return sum(len(entry.header()) + padded(entry.size_bytes) for entry in self.entries) + len(END)
 
     def iter_chunks(self, start: int = 0) -> Iterator[bytes]:
         """Yield the tar's bytes from offset `start` on, in pieces of at most 1 MiB.
@@ -109,8 +132,8 @@ class LayerSource:
             yield entry.header()
             if entry.source and entry.size_bytes:
                 yield entry.source, entry.size_bytes
-                yield bytes(_padded(entry.size_bytes) - entry.size_bytes)
-        yield _END
+                yield bytes(padded(entry.size_bytes) - entry.size_bytes)
+        yield END
 
 
 def plan_layers(checkpoint: Checkpoint) -> tuple[LayerSource, ...]:
@@ -252,37 +275,3 @@ def read_file(path: Path, size_bytes: int, start: int = 0) -> Iterator[bytes]:
                 yield chunk
     except FileNotFoundError as error:
         raise changed from error
-
-
-def _padded(size_bytes: int) -> int:
-    return -(-size_bytes // _BLOCK) * _BLOCK
-
-
-def _header(name: str, size_bytes: int, mode: int, kind: bytes) -> bytes:
-    """Return the header of a member; a name over 100 bytes comes first, as a member of its own."""
-    encoded = name.encode()
-    if len(encoded) <= 100:
-        return _header_block(encoded, size_bytes, mode, kind)
-    content = encoded + b"\0"
-    return (
-        _header_block(b"././@LongLink", len(content), 0, _LONG_NAME)
-        + content.ljust(_padded(len(content)), b"\0")
-        + _header_block(encoded[:100], size_bytes, mode, kind)
-    )
-
-
-def _header_block(name: bytes, size_bytes: int, mode: int, kind: bytes) -> bytes:
-    """Return the 512 bytes of struct posix_header with GNU's magic; owner, time, link and devices stay zero."""
-    before_checksum = name.ljust(100, b"\0") + _octal(mode, 8) + _octal(0, 8) * 2 + _number(size_bytes) + _octal(0, 12)
-    after_checksum = kind + bytes(100) + b"ustar  \0" + bytes(_BLOCK - 265)
-    checksum = sum(before_checksum) + sum(after_checksum) + 8 * ord(" ")
-    return before_checksum + b"%06o\0 " % checksum + after_checksum
-
-
-def _octal(value: int, width: int) -> bytes:
-    return b"%0*o\0" % (width - 1, value)
-
-
-def _number(value: int) -> bytes:
-    """Return a size in the field's 12 bytes: octal up to 8 GiB, else GNU's base 256 with the top bit set."""
-    return _octal(value, 12) if value < 8**11 else b"\x80" + value.to_bytes(11, "big")

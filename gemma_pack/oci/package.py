@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from gemma_pack.console import Reporter
-    from gemma_pack.oci.artifact import RawFile
     from gemma_pack.oci.image import Image
-    from gemma_pack.oci.layers import LayerSource
+    from gemma_pack.oci.layers import Layer
     from gemma_pack.oci.manifest import Platform
 
     Plan = ImagePlan | ArtifactPlan
@@ -109,7 +108,7 @@ def package(
     image = _recognize(plan, target, reporter) if already_there else _write(plan, target, reporter)
     if kind == "artifact":
         _warn_of_twins(image, reporter)
-    sources: Sequence[LayerSource | RawFile] = plan.layers
+    sources: Sequence[Layer] = plan.layers
     return PackageResult(
         kind=kind,
         layout=target,
