@@ -246,15 +246,18 @@ def format_bytes(size_bytes: float) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], *, header: Sequence[str] | None = None) -> str:
-    """Lay out cells in columns two spaces apart: the first column to the left, the others to the right."""
-    cells = [list(header), *map(list, rows)] if header else list(map(list, rows))
-    if not cells:
-        return ""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in cells
-    ]
-    if header:
-        lines.insert(1, "  ".join("─" * width for width in widths))
-    return "\n".join(lines)
+    """Lay out cells in columns two spaces apart: numbers to the right, all else to the left."""
+    cells = [*([header] if header else []), *rows]
+    columns = []
+    for number, column in enumerate(zip(*cells, strict=True)):
+        width = max(map(len, column))
+        right = any(row[number] for row in rows) and all(_is_amount(row[number]) for row in rows)
+        columns.append([cell.rjust(width) if right else cell.ljust(width) for cell in column])
+        if header:
+            columns[-1].insert(1, "─" * width)
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def _is_amount(cell: str) -> bool:
+    """Whether a cell is empty or a number with at most a unit, such as `-1.5 %` or `536.22 MB`."""
+    return not cell or cell.lstrip("+-").split(" ")[0].replace(".", "", 1).isdecimal()

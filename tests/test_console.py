@@ -313,14 +313,18 @@ def test_sizes_are_decimal(size_bytes: int, written: str):
     assert format_bytes(size_bytes) == written
 
 
-def test_a_table_lines_its_columns_up():
-    rows = [["variant", "18.48 GB"], ["a", "6.10 GB"]]
-    assert table(rows, header=["what", "size"]).splitlines() == [
-        "what         size",
-        "───────  ────────",
-        "variant  18.48 GB",
-        "a         6.10 GB",
+def test_a_table_puts_numbers_to_the_right_and_words_to_the_left():
+    rows = [["variant", "18.48 GB", "-1.5 %", "pass", ""], ["a", "6.10 GB", "", "undecided", ""]]
+    assert table(rows, header=["what", "size", "change", "verdict", "note"]).splitlines() == [
+        "what         size  change  verdict    note",
+        "───────  ────────  ──────  ─────────  ────",
+        "variant  18.48 GB  -1.5 %  pass",
+        "a         6.10 GB          undecided",
     ]
+
+
+def test_a_table_without_a_header():
+    assert table([["name", "w4a16"], ["digest", "f0cd"]]) == "name    w4a16\ndigest  f0cd"
 
 
 def test_a_table_of_a_whole_build_fits_80_columns():
