@@ -31,8 +31,9 @@ from gemma_pack.oci.manifest import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-SCHEMAS = Path(os.environ.get("GEMMA_PACK_SCHEMAS", Path(__file__).parents[3] / "shared/schemas"))
-"""Where the published schemas lie, if anywhere: they are not a part of the project."""
+_PLACES = [place / "shared/schemas" for place in Path(__file__).parents[2:4]]
+SCHEMAS = Path(os.environ.get("GEMMA_PACK_SCHEMAS") or next(filter(Path.is_dir, _PLACES), _PLACES[0]))
+"""Where the published schemas lie, in or beside the checkout, if anywhere: they are not a part of the project."""
 
 
 @pytest.fixture
