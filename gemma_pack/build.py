@@ -5,6 +5,7 @@ Stages never call one another; this is the one place where the output of one bec
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from gemma_pack.errors import MachineError
@@ -15,17 +16,33 @@ if TYPE_CHECKING:
     from gemma_pack.console import Reporter
     from gemma_pack.quantization.variant import Variant
     from gemma_pack.recipe import Calibration
+    from gemma_pack.texts import Windows
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationChoice:
+    """What a user says about the calibration text; None leaves it to the recipe."""
+
+    dataset: str | None = None
+    samples: int | None = None
+    sequence_length: int | None = None
+    seed: int | None = None
+
+    def applied_to(self, calibration: Calibration) -> Calibration:
+        """Return the recipe's calibration with what the user said instead."""
+        said = {key: value for key, value in asdict(self).items() if value is not None}
+        return calibration.model_copy(update=said)
 
 
 def quantize_model(
     model: str,
     recipe_name: str,
-    calibration: Calibration,
     target: Path,
+    choice: CalibrationChoice,
     *,
-    revision: str | None,
-    device: str,
-    offline: bool,
+    revision: str | None = None,
+    device: str = "auto",
+    offline: bool = False,
     reporter: Reporter,
 ) -> Variant:
     """Obtain `model`, cut the calibration windows and quantize into `target`, with a model card beside the weights."""
@@ -38,23 +55,31 @@ def quantize_model(
 
     recipe = load_recipe(recipe_name)
     source = obtain(model, revision=revision, output=None, offline=offline, reporter=reporter)
-    windows = load_windows(
-        calibration.dataset,
-        "calibration",
-        source.directory,
-        samples=calibration.samples,
-        sequence_length=calibration.sequence_length,
-        seed=calibration.seed,
-        split=calibration.split,
-        offline=offline,
-        reporter=reporter,
-    )
+    calibration = choice.applied_to(recipe.calibration) if recipe.calibration else None
+    refinement = recipe.refinement
+
+    def windows(samples: int | None = None, sequence_length: int | None = None) -> Windows | None:
+        if calibration is None:
+            return None
+        return load_windows(
+            calibration.dataset,
+            "calibration",
+            source.directory,
+            samples=samples or calibration.samples,
+            sequence_length=sequence_length or calibration.sequence_length,
+            seed=calibration.seed,
+            split=calibration.split,
+            offline=offline,
+            reporter=reporter,
+        )
+
     job = Job(
         base=Checkpoint.open(source.directory),
         source=source.record,
         recipe=recipe,
         recipe_text=recipe_text(recipe_name),
-        windows=windows,
+        windows=windows(),
+        refinement_windows=windows(refinement.windows, refinement.sequence_length) if refinement else None,
         device=resolve_device(device),
     )
     variant = quantize(job, target, reporter)

@@ -11,34 +11,21 @@ import hashlib
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gemma_pack.errors import RecipeError
+from gemma_pack.yaml_file import parse_yaml
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9.-]*$"
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Weights(_Part):
-    """How the weights of the decoder's linear layers are stored.
-
-    Only what vLLM has kernels for on Gemma is accepted: its `compressed_tensors` schemes for int4 and int8
-    weights (vllm/model_executor/layers/quantization/compressed_tensors).
-    """
-
-    type: Literal["int"]
-    bits: Literal[4, 8]
-    group_size: Literal[32, 64, 128] | None = None
-    """Input columns that share a scale; None is one scale an output channel."""
-    symmetric: bool = True
-    observer: Literal["memoryless_minmax", "memoryless_mse"] = "memoryless_mse"
-    """llm-compressor's observer that chooses the scales."""
 
 
 class Gptq(_Part):
@@ -48,6 +35,25 @@ class Gptq(_Part):
     """Share of the mean of the Hessian's diagonal that is added to it."""
     block_size: Literal[32, 64, 128, 256] = 128
     """Columns quantized between two updates of the rest."""
+
+
+class Refinement(_Part):
+    """Settings of the end-to-end tuning of the scales."""
+
+    steps: Annotated[int, Field(ge=1)]
+    windows_a_step: Annotated[int, Field(ge=1)] = 2
+    sequence_length: Annotated[int, Field(ge=16)] = 256
+    learning_rate: Annotated[float, Field(gt=0, le=0.1)] = 2e-3
+    """Peak rate of Adam on the logarithm of the scales: 2e-3 moves a scale by at most 0.2 % a step."""
+    held_out: Annotated[int, Field(ge=1)] = 16
+    """Windows of the calibration text that only judge; the scales that do best on them are kept."""
+    seed: int = 0
+    """Order of the windows."""
+
+    @property
+    def windows(self) -> int:
+        """Windows that are asked for: enough that none is used twice, and those held out."""
+        return self.steps * self.windows_a_step + self.held_out
 
 
 class Calibration(_Part):
@@ -85,14 +91,46 @@ class Recipe(_Part):
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     summary: str
-    weights: Weights
-    algorithm: Literal["gptq"]
+    scheme: Literal["W4A16", "W8A16", "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4"]
+    """compressed-tensors' name for what weights and activations become. vLLM has kernels for each on Gemma."""
+    group_size: Literal[32, 64, 128] | None = None
+    """Input columns that share a scale; None is the scheme's own: 128 for W4A16, a whole channel for W8A16."""
+    observer: Literal["memoryless_minmax", "memoryless_mse"] = "memoryless_mse"
+    """llm-compressor's observer that chooses the scales of weights."""
+    algorithm: Literal["nearest", "gptq"]
+    """`nearest` rounds each weight by itself; `gptq` makes up for each rounding in the weights still to come."""
     gptq: Gptq = Gptq()
+    refinement: Refinement | None = None
+    """None leaves the scales as the algorithm chose them."""
     ignore: tuple[str, ...] = ()
     """Linear layers of the decoder to leave in bf16: whole module names, or `re:` and a regular expression.
     Embeddings, head, vision tower and projector are never quantized, whatever this says."""
-    calibration: Calibration
+    calibration: Calibration | None = None
+    """None for a recipe that needs no data."""
     gate: Annotated[tuple[GateRow, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if self.group_size and self.scheme not in ("W4A16", "W8A16"):
+            raise ValueError(f"group_size goes with W4A16 and W8A16; the groups of {self.scheme} are fixed")
+        if self.refinement and self.scheme not in ("W4A16", "W8A16"):
+            raise ValueError(f"refinement tunes the scales of W4A16 and W8A16, not of {self.scheme}")
+        if self.needs_calibration and self.calibration is None:
+            raise ValueError("calibration is missing: GPTQ, refinement and static activation scales learn from text")
+        if not self.needs_calibration and self.calibration is not None:
+            raise ValueError("calibration has no effect: this recipe rounds to nearest and learns nothing from text")
+        return self
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether text shapes the result."""
+        return self.algorithm == "gptq" or self.refinement is not None or self.scheme in ("FP8", "NVFP4")
+
+    @property
+    def columns_divisor(self) -> int:
+        """What must divide a layer's input columns: the size of a group or block, else 1."""
+        fixed = {"W4A16": 128, "FP8_BLOCK": 128, "NVFP4": 16}
+        return self.group_size or fixed.get(self.scheme, 1)
 
     def digest(self) -> str:
         """Return the sha256 of the recipe's meaning: comments and the order of keys do not count."""
@@ -135,8 +173,10 @@ def recipe_text(name_or_path: str) -> str:
     try:
         return Path(name_or_path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        hint = "gemma-pack recipes lists the shipped ones"
-        raise RecipeError(f"cannot read the recipe {name_or_path}: {error}", hint=hint) from error
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise RecipeError(
+            f"cannot read the recipe {name_or_path}: {reason}", hint="gemma-pack recipes lists the shipped ones"
+        ) from error
 
 
 def shipped_text(name: str) -> str:
@@ -146,67 +186,25 @@ def shipped_text(name: str) -> str:
         close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(names)}"
         raise RecipeError(f"there is no recipe named {name}", hint=hint)
-    text: str = (_shipped() / f"{name}.yaml").read_text("utf-8")
-    return text
+    return (_shipped() / f"{name}.yaml").read_text("utf-8")
 
 
 def parse_recipe(text: str, *, origin: str) -> Recipe:
     """Parse and check a recipe; `origin` names the file in errors.
 
     Raises:
-        RecipeError: with the line of the first mistake, and all others below it.
+        RecipeError: with every mistake and its line.
     """
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{origin}:{mark.line + 1}" if mark else origin
-        raise RecipeError(f"{place}: not YAML: {getattr(error, 'problem', error)}") from error
-    if not isinstance(data, dict):
-        raise RecipeError(
-            f"{origin}: a recipe is a mapping of keys to values", hint="gemma-pack recipes show w4a16 is an example"
-        )
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        lines = [
-            f"{origin}:{_line(root, e['loc'])}: {'.'.join(map(str, e['loc']))}: {_sentence(e)}" for e in error.errors()
-        ]
-        raise RecipeError("\n".join(lines), hint="gemma-pack recipes show w4a16 is an example") from error
-
-
-def _sentence(error: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
-    if error["type"] == "extra_forbidden":
-        return "unknown key"
-    if error["type"] == "missing":
-        return "is missing"
-    given = "" if isinstance(error["input"], dict | list) else f", not {error['input']!r}"
-    return f"{error['msg'].removeprefix('Value error, ')}{given}"
-
-
-def _line(node: yaml.Node | None, location: tuple[int | str, ...]) -> int:
-    """Return the line, from 1, of the deepest node on the way to `location`."""
-    line = node.start_mark.line if node else 0
-    for step in location:
-        if isinstance(node, yaml.MappingNode):
-            found = next(((k, v) for k, v in node.value if k.value == str(step)), None)
-            if found is None:
-                break
-            line, node = found[0].start_mark.line, found[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-            node = node.value[step]
-            line = node.start_mark.line
-        else:
-            break
-    return line + 1
+    return parse_yaml(
+        Recipe, text, origin=origin, hint="gemma-pack recipes show w4a16 is an example", error=RecipeError
+    )
 
 
 def _is_path(name_or_path: str) -> bool:
     return "/" in name_or_path or os.sep in name_or_path or name_or_path.endswith((".yaml", ".yml"))
 
 
-def _shipped() -> Any:  # noqa: ANN401 - importlib's Traversable or a Path
+def _shipped() -> Traversable:
     """Return where the recipes lie: inside the wheel, or at the top of a source tree."""
     packaged = resources.files("gemma_pack") / "recipes"
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "recipes"

@@ -58,6 +58,16 @@ class TextRecord(_Part):
     seed: int
 
 
+class RefinementRecord(_Part):
+    """What tuning the scales did to the windows of the calibration text that were held out."""
+
+    text: TextRecord
+    steps: int
+    """The step whose scales were kept; 0 where none was better than the start."""
+    held_out_kl_before_nats: float
+    held_out_kl_after_nats: float
+
+
 class UntouchedProof(_Part):
     """The tensors that no recipe named are byte-identical to the source.
 
@@ -80,7 +90,7 @@ class QuantizationRecord(_Part):
     algorithm: str
     format: Literal["compressed-tensors", "bitsandbytes"] = "compressed-tensors"
     calibration: TextRecord | None = None
-    seed: int
+    refinement: RefinementRecord | None = None
     device: str
     versions: dict[str, str]
     """Versions of the libraries that shaped the bytes."""

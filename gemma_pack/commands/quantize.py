@@ -60,7 +60,7 @@ def command(
     MODEL is a hub id, a directory, or `demo`. Without it: GEMMA_PACK_MODEL, `model:` in ./gemma-pack.yaml,
     else google/gemma-2-9b-it. An interrupted run goes on where it stopped when the same command is run again.
     """
-    from gemma_pack.build import quantize_model
+    from gemma_pack.build import CalibrationChoice, quantize_model
     from gemma_pack.recipe import load_recipe
 
     loaded = {name: load_recipe(name) for name in recipe}
@@ -70,13 +70,12 @@ def command(
     stem = default_stem(model)
     targets = {name: output or Path(f"{stem}-quantized.{chosen.name}") for name, chosen in loaded.items()}
     _require_free(targets)
+    choice = CalibrationChoice(calibration, samples, sequence_length, seed)
     results = []
     for name, target in targets.items():
-        changes = {"dataset": calibration, "samples": samples, "sequence_length": sequence_length, "seed": seed}
-        text = loaded[name].calibration.model_copy(update={k: v for k, v in changes.items() if v is not None})
         results.append(
             quantize_model(
-                model, name, text, target, revision=revision, device=device, offline=offline, reporter=console
+                model, name, target, choice, revision=revision, device=device, offline=offline, reporter=console
             )
         )
     rows = [

@@ -1,27 +1,27 @@
 """The calibrated path: decoder layer by decoder layer.
 
-For each layer: run all calibration windows through it and sum the Hessian of each distinct input; round its
-linear layers with GPTQ; run the windows through the rounded layer, so that the next one calibrates on what it
+For each layer: run all calibration windows through it and gather the statistics of each distinct input; round its
+linear layers; run the windows through the rounded layer, so that the next one calibrates on what it
 will really see. Only that layer's weights and the windows' hidden states are in memory.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 
 from gemma_pack.gemma import decoder_linears
 from gemma_pack.quantization.decoder import Decoder
-from gemma_pack.quantization.gptq import Hessian, QuantizedLinear, quantize_group
-from gemma_pack.quantization.scheme import weight_arguments
+from gemma_pack.quantization.packing import pack, unpack
+from gemma_pack.quantization.rounding import InputStatistics, round_group
+from gemma_pack.quantization.scheme import quantization_scheme
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
     import numpy as np
-    from compressed_tensors.quantization import QuantizationArgs
     from torch import Tensor, nn
 
     from gemma_pack.checkpoint import Checkpoint
@@ -54,10 +54,10 @@ def quantize_layers(
         journal: takes each finished layer; those it holds already are not computed again.
         reporter: shows progress.
     """
-    # Exact all the same: both factors are bfloat16 values, and sums are float32 (see `Hessian`).
+    # Exact all the same: both factors are bfloat16 values, and sums are float32 (see `InputStatistics`).
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    arguments = weight_arguments(recipe)
+    scheme = quantization_scheme(recipe)
     decoder = Decoder(checkpoint, device)
     stream = _HiddenStates(decoder, ids)
     layers = decoder_linears(checkpoint.config, decoder.prefix)
@@ -69,19 +69,21 @@ def quantize_layers(
             linears: dict[str, Any] = {
                 name: layer.get_submodule(name.removeprefix(start)) for group in groups for name in group
             }
-            tensors = journal.load(index)
+            tensors = journal.load(f"layer-{index:03}")
             if tensors is None:
-                hessians = stream.observe(index, layer, [linears[group[0]] for group in groups])
+                statistics = stream.observe(index, layer, [linears[group[0]] for group in groups])
                 tensors = {}
-                for group, hessian in zip(groups, hessians, strict=True):
+                for group, seen in zip(groups, statistics, strict=True):
                     weights = [linears[name].weight.data for name in group]
-                    for name, linear in zip(
-                        group, quantize_group(weights, hessian, arguments, recipe.gptq), strict=True
-                    ):
-                        tensors |= _pack(name, linear, arguments)
-                journal.save(index, tensors)
+                    rounded = round_group(weights, scheme.weights, seen, recipe)
+                    activations = scheme.input_activations
+                    static = activations is not None and activations.dynamic in (False, "local")
+                    input_scale = seen.scale(activations) if static else None
+                    for name, linear in zip(group, rounded, strict=True):
+                        tensors |= pack(name, replace(linear, input_scale=input_scale), scheme)
+                journal.save(f"layer-{index:03}", tensors)
             for name, module in linears.items():
-                module.weight.data.copy_(_unpack(name, tensors, arguments).dequantized(arguments))
+                module.weight.data.copy_(unpack(name, tensors, scheme))
             if index + 1 < len(layers):
                 stream.advance(index, layer)
             task.advance()
@@ -96,21 +98,21 @@ class _HiddenStates:
         self.states = decoder.embed(ids, self.batch)
         self.arguments: dict[int, dict[str, dict[str, Any]]] = {}
 
-    def observe(self, index: int, layer: nn.Module, heads: list[Any]) -> list[Hessian]:
-        """Return the Hessian of the input of each of `heads`, linears of the layer; the states stay as they are."""
-        hessians = [Hessian(head.weight.shape[1], self.decoder.device) for head in heads]
+    def observe(self, index: int, layer: nn.Module, heads: list[Any]) -> list[InputStatistics]:
+        """Return the statistics of the input of each of `heads`, linears of the layer; the states stay as they are."""
+        statistics = [InputStatistics(head.weight.shape[1], self.decoder.device) for head in heads]
 
-        def adder(hessian: Hessian) -> Any:  # noqa: ANN401 - the type of a torch hook
-            return lambda _module, inputs: hessian.add(inputs[0])
+        def adder(seen: InputStatistics) -> Any:  # noqa: ANN401 - the type of a torch hook
+            return lambda _module, inputs: seen.add(inputs[0])
 
-        hooks = [head.register_forward_pre_hook(adder(hessian)) for head, hessian in zip(heads, hessians, strict=True)]
+        hooks = [head.register_forward_pre_hook(adder(seen)) for head, seen in zip(heads, statistics, strict=True)]
         try:
             for _ in self._outputs(index, layer):
                 pass
         finally:
             for hook in hooks:
                 hook.remove()
-        return hessians
+        return statistics
 
     def advance(self, index: int, layer: nn.Module) -> None:
         """Replace the states by what layer `index` makes of them."""
@@ -126,18 +128,3 @@ class _HiddenStates:
             if windows not in self.arguments:
                 self.arguments[windows] = self.decoder.layer_arguments(windows, tokens)
             yield layer(states.to(self.decoder.device), **self.arguments[windows][self.decoder.kinds[index]])
-
-
-def _pack(name: str, linear: QuantizedLinear, arguments: QuantizationArgs) -> dict[str, Tensor]:
-    """Return compressed-tensors' `pack-quantized` form of a linear: int32 words, bfloat16 scales, the shape."""
-    return {
-        f"{name}.weight_packed": pack_to_int32(linear.codes, arguments.num_bits).cpu(),
-        f"{name}.weight_scale": linear.scale.cpu(),
-        f"{name}.weight_shape": torch.tensor(linear.codes.shape, dtype=torch.int64),
-    }
-
-
-def _unpack(name: str, tensors: dict[str, Tensor], arguments: QuantizationArgs) -> QuantizedLinear:
-    shape = torch.Size(tensors[f"{name}.weight_shape"].tolist())
-    codes = unpack_from_int32(tensors[f"{name}.weight_packed"], arguments.num_bits, shape)
-    return QuantizedLinear(codes, tensors[f"{name}.weight_scale"])

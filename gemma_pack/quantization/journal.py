@@ -36,13 +36,17 @@ class Journal:
                 shutil.rmtree(stale)
         self.directory.mkdir(mode=0o700, exist_ok=True)
 
-    def files(self) -> list[Path]:
+    def path(self, entry: str) -> Path:
+        """Return the file of an entry."""
+        return self.directory / f"{entry}.safetensors"
+
+    def layers(self) -> list[Path]:
         """Return the files of the finished layers, in the order of the layers."""
         return sorted(self.directory.glob("layer-*.safetensors"))
 
-    def load(self, layer: int) -> dict[str, Tensor] | None:
-        """Return the tensors of a finished layer, or None."""
-        path = self._path(layer)
+    def load(self, entry: str) -> dict[str, Tensor] | None:
+        """Return the tensors of an entry such as `layer-007`, or None."""
+        path = self.path(entry)
         if not path.exists():
             return None
         try:
@@ -51,14 +55,11 @@ class Journal:
             path.unlink()
             return None
 
-    def save(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the tensors of a finished layer."""
+    def save(self, entry: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the tensors of an entry, replacing an earlier one."""
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_atomic(self._path(layer), safetensors.torch.save(contiguous))
+        write_atomic(self.path(entry), safetensors.torch.save(contiguous))
 
     def close(self) -> None:
         """Remove the journal: the variant is whole."""
         shutil.rmtree(self.directory)
-
-    def _path(self, layer: int) -> Path:
-        return self.directory / f"layer-{layer:03}.safetensors"

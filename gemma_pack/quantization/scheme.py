@@ -2,28 +2,57 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+    preset_name_to_scheme,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gemma_pack.recipe import Recipe
 
+_FORMATS: Final = {
+    "W4A16": "pack-quantized",
+    "W8A16": "pack-quantized",
+    "W8A8": "int-quantized",
+    "FP8": "float-quantized",
+    "FP8_DYNAMIC": "float-quantized",
+    "FP8_BLOCK": "float-quantized",
+    "NVFP4": "nvfp4-pack-quantized",
+}
+"""How compressed-tensors stores each of its preset schemes."""
 
-def weight_arguments(recipe: Recipe) -> QuantizationArgs:
-    """Return compressed-tensors' arguments for the weights."""
-    weights = recipe.weights
-    return QuantizationArgs(
-        num_bits=weights.bits,
-        type=weights.type,
-        symmetric=weights.symmetric,
-        strategy="group" if weights.group_size else "channel",
-        group_size=weights.group_size,
-        observer=weights.observer,
-        actorder="static",
+_WORDS: Final = {
+    "W4A16": "int4 weights",
+    "W8A16": "int8 weights",
+    "W8A8": "int8 weights and activations",
+    "FP8": "FP8 weights and activations, static scales",
+    "FP8_DYNAMIC": "FP8 weights and activations, activations scaled as they come",
+    "FP8_BLOCK": "FP8 weights in blocks of 128 x 128, activations scaled as they come",
+    "NVFP4": "NVFP4 weights and activations",
+}
+
+
+def quantization_scheme(recipe: Recipe) -> QuantizationScheme:
+    """Return compressed-tensors' preset of the recipe's scheme, with the recipe's groups and observer."""
+    preset = preset_name_to_scheme(recipe.scheme, ["Linear"])
+    changes: dict[str, Any] = {"observer": recipe.observer}
+    if recipe.group_size:
+        changes |= {"strategy": "group", "group_size": recipe.group_size}
+    if recipe.algorithm == "gptq":
+        changes["actorder"] = "static"
+    weights = QuantizationArgs(**{**preset.weights.model_dump(exclude_none=True), **changes})
+    return QuantizationScheme(
+        targets=["Linear"],
+        weights=weights,
+        input_activations=preset.input_activations,
+        format=_FORMATS[recipe.scheme],
     )
 
 
@@ -34,11 +63,9 @@ def quantization_config(recipe: Recipe, ignore: Sequence[str]) -> dict[str, Any]
         recipe: the recipe.
         ignore: module names of linear layers that stay in bf16, as servers know them.
     """
-    packed = CompressionFormat.pack_quantized.value
-    scheme = QuantizationScheme(targets=["Linear"], weights=weight_arguments(recipe), format=packed)
     config = QuantizationConfig(
-        config_groups={"group_0": scheme},
-        format=packed,
+        config_groups={"group_0": quantization_scheme(recipe)},
+        format=_FORMATS[recipe.scheme],
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=list(ignore),
     )
@@ -48,6 +75,5 @@ def quantization_config(recipe: Recipe, ignore: Sequence[str]) -> dict[str, Any]
 
 def describe(recipe: Recipe) -> str:
     """Return the scheme in a few words: `int4 weights in groups of 128`."""
-    weights = recipe.weights
-    span = f"in groups of {weights.group_size}" if weights.group_size else "with a scale an output channel"
-    return f"{weights.type}{weights.bits} weights {span}"
+    groups = f" in groups of {recipe.group_size}" if recipe.group_size else ""
+    return _WORDS[recipe.scheme] + groups

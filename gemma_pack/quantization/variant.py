@@ -21,20 +21,22 @@ from gemma_pack.checkpoint import (
 from gemma_pack.errors import CheckpointError, RecipeError
 from gemma_pack.gemma import decoder_linears, decoder_prefix, require_supported
 from gemma_pack.quantization.untouched import prove_untouched
-from gemma_pack.record import QuantizationRecord, Record, read_record
+from gemma_pack.record import QuantizationRecord, Record, RefinementRecord, read_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from gemma_pack.console import Reporter
+    from gemma_pack.quantization.journal import Journal
     from gemma_pack.recipe import Recipe
-    from gemma_pack.record import SourceRecord
+    from gemma_pack.record import SourceRecord, TextRecord
     from gemma_pack.texts import Windows
 
 MAX_SHARD_BYTES: Final = 4_000_000_000
 """Registries take layers of 10 GB at most, pulls run in parallel, and a broken one is repeated: small shards."""
 RECIPE_NAME: Final = "recipe.yaml"
+REFINED: Final = "refined"
 _LIBRARIES: Final = ("torch", "transformers", "llmcompressor", "compressed-tensors")
 _TOWERS: Final = ("vision_tower", "multi_modal_projector")
 
@@ -57,8 +59,10 @@ class Job:
     recipe: Recipe
     recipe_text: str
     """The recipe's YAML, which travels in the variant."""
-    windows: Windows
-    """Of the calibration text."""
+    windows: Windows | None
+    """Of the calibration text; None for a recipe that needs none."""
+    refinement_windows: Windows | None = None
+    """Others of the same text, for a recipe that refines."""
     device: str
     """`cpu` or `cuda`."""
 
@@ -67,7 +71,8 @@ class Job:
         return {
             "source": self.source.model_dump(mode="json"),
             "recipe": self.recipe.digest(),
-            "calibration": self.windows.record.model_dump(mode="json"),
+            "calibration": _dumped(self.windows.record if self.windows else None),
+            "refinement": _dumped(self.refinement_windows.record if self.refinement_windows else None),
             "device": self.device,
             "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         }
@@ -95,28 +100,66 @@ def quantize(job: Job, target: Path, reporter: Reporter) -> Variant:
         return Variant(target, existing, made_now=False)
     refuse_existing(target)
 
-    import torch
-
-    from gemma_pack.quantization.calibrated import quantize_layers
     from gemma_pack.quantization.journal import Journal
 
     journal = Journal(target, job.identity())
-    if journal.files():
-        reporter.status(f"going on after {len(journal.files())} finished layers")
-    quantize_layers(
-        job.base,
-        job.recipe,
-        job.windows.ids,
-        ignored=ignored,
-        device=torch.device(job.device),
-        journal=journal,
-        reporter=reporter,
-    )
-    packed = [info for path in journal.files() for info in read_header(path)]
+    if journal.layers():
+        reporter.status(f"going on after {len(journal.layers())} finished layers")
+    rounded = _round(job, ignored, journal, reporter)
     with staged_directory(target) as staging:
-        record = _assemble(job, packed, ignored, staging, reporter)
+        record = _assemble(job, rounded, ignored, staging, reporter)
     journal.close()
     return Variant(target, record, made_now=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rounded:
+    """What replaces the linears' weights, still in the journal."""
+
+    tensors: list[TensorInfo]
+    refinement: RefinementRecord | None = None
+
+
+def _round(job: Job, ignored: set[str], journal: Journal, reporter: Reporter) -> _Rounded:
+    """Fill the journal by the path that the recipe needs, and tune the scales if it says so."""
+    import torch
+
+    from gemma_pack.quantization.calibrated import quantize_layers
+    from gemma_pack.quantization.refinement import refine_scales
+    from gemma_pack.quantization.streamed import quantize_streamed
+
+    _silence_libraries()
+    device = torch.device(job.device)
+    if job.windows is None:
+        quantize_streamed(job.base, job.recipe, ignored=ignored, device=device, journal=journal, reporter=reporter)
+        return _Rounded([info for path in journal.layers() for info in read_header(path)])
+    quantize_layers(
+        job.base, job.recipe, job.windows.ids, ignored=ignored, device=device, journal=journal, reporter=reporter
+    )
+    tensors = {info.name: info for path in journal.layers() for info in read_header(path)}
+    if job.refinement_windows is None:
+        return _Rounded(list(tensors.values()))
+    tuned = refine_scales(
+        job.base, job.recipe, job.refinement_windows.ids, device=device, journal=journal, reporter=reporter
+    )
+    tensors |= {info.name: info for info in read_header(journal.path(REFINED))}
+    refinement = RefinementRecord(
+        text=job.refinement_windows.record,
+        steps=tuned.step,
+        held_out_kl_before_nats=tuned.kl_before_nats,
+        held_out_kl_after_nats=tuned.kl_after_nats,
+    )
+    return _Rounded(list(tensors.values()), refinement)
+
+
+def _silence_libraries() -> None:
+    """Keep bars and log lines of the libraries below off the terminal: what matters goes through the reporter."""
+    from loguru import logger
+    from transformers.utils import logging
+
+    logger.disable("llmcompressor")
+    logger.disable("compressed_tensors")
+    logging.disable_progress_bar()
 
 
 def ignored_modules(checkpoint: Checkpoint, recipe: Recipe) -> set[str]:
@@ -146,14 +189,14 @@ def ignored_modules(checkpoint: Checkpoint, recipe: Recipe) -> set[str]:
     return ignored
 
 
-def _assemble(job: Job, packed: list[TensorInfo], ignored: set[str], staging: Path, reporter: Reporter) -> Record:
+def _assemble(job: Job, rounded: _Rounded, ignored: set[str], staging: Path, reporter: Reporter) -> Record:
     """Write all files of the variant into `staging`, prove the rest untouched and return the record."""
     from gemma_pack.quantization.scheme import describe, quantization_config
 
     base, recipe = job.base, job.recipe
     changed = {f"{name}.weight" for group in _linear_groups(base) for name in group if name not in ignored}
     _write_shards(staging, "untouched", [base.tensors[name] for name in sorted(set(base.tensors) - changed)])
-    _write_shards(staging, "quantized", packed)
+    _write_shards(staging, "quantized", rounded.tensors)
     write_index(staging, [info for path in sorted(staging.glob("*.safetensors")) for info in read_header(path)])
     towers = [f"re:.*{tower}.*" for tower in _TOWERS if any(tower in name for name in base.tensors)]
     in_bf16 = ["lm_head", *sorted(ignored), *towers]
@@ -164,14 +207,14 @@ def _assemble(job: Job, packed: list[TensorInfo], ignored: set[str], staging: Pa
         if path.name not in ("config.json", RECIPE_NAME, "README.md"):
             shutil.copyfile(path, staging / path.name)
     variant = Checkpoint.open(staging)
-    proof = prove_untouched(base, variant, changed, [info.name for info in packed], reporter)
+    proof = prove_untouched(base, variant, changed, [info.name for info in rounded.tensors], reporter)
     made = QuantizationRecord(
         recipe=recipe.name,
         recipe_sha256=recipe.digest(),
         scheme=describe(recipe),
         algorithm=recipe.algorithm,
-        calibration=job.windows.record,
-        seed=job.windows.record.seed,
+        calibration=job.windows.record if job.windows else None,
+        refinement=rounded.refinement,
         device=job.device,
         versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
         untouched=proof,
@@ -190,7 +233,7 @@ def _linear_groups(checkpoint: Checkpoint) -> list[list[str]]:
 
 def _require_divisible(checkpoint: Checkpoint, recipe: Recipe, ignored: set[str]) -> None:
     """Raise unless the groups divide the input columns of every layer to be quantized."""
-    size = recipe.weights.group_size
+    size = recipe.columns_divisor
     for name in (name for group in _linear_groups(checkpoint) for name in group if name not in ignored):
         info = checkpoint.tensors.get(f"{name}.weight")
         if info is None:
@@ -198,7 +241,7 @@ def _require_divisible(checkpoint: Checkpoint, recipe: Recipe, ignored: set[str]
                 f"{checkpoint.directory} has no tensor {name}.weight, which config.json promises",
                 hint="fetch the checkpoint again",
             )
-        if size and info.shape[1] % size:
+        if info.shape[1] % size:
             raise RecipeError(
                 f"{name} has {info.shape[1]} input columns, which groups of {size} do not divide",
                 hint="use a recipe with smaller groups",
@@ -208,15 +251,20 @@ def _require_divisible(checkpoint: Checkpoint, recipe: Recipe, ignored: set[str]
 def _identity(record: Record) -> Mapping[str, object] | None:
     """Return the `Job.identity` of the job that left this record."""
     made = record.quantization
-    if made is None or made.calibration is None:
+    if made is None:
         return None
     return {
         "source": record.source.model_dump(mode="json"),
         "recipe": made.recipe_sha256,
-        "calibration": made.calibration.model_dump(mode="json"),
+        "calibration": _dumped(made.calibration),
+        "refinement": _dumped(made.refinement.text if made.refinement else None),
         "device": made.device,
         "versions": made.versions,
     }
+
+
+def _dumped(text: TextRecord | None) -> dict[str, object] | None:
+    return text.model_dump(mode="json") if text else None
 
 
 def _write_shards(directory: Path, kind: str, infos: Iterable[TensorInfo]) -> None:

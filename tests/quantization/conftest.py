@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 RECIPE = """\
 name: tiny-w4a16
 summary: for tests
-weights: {type: int, bits: 4, group_size: 64, observer: memoryless_mse}
+scheme: W4A16
+group_size: 64
 algorithm: gptq
 calibration: {dataset: builtin, samples: 8, sequence_length: 64, seed: 1}
 gate: [{kl_nats: 1}]

@@ -19,11 +19,10 @@ from tests.quantization.conftest import RECIPE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
     from pathlib import Path
 
     from gemma_pack.console import Reporter
-    from gemma_pack.quantization.gptq import QuantizedLinear
+    from gemma_pack.quantization.packing import RoundedLinear
     from gemma_pack.quantization.variant import Job
 
     MakeJob = Callable[..., Job]
@@ -103,22 +102,22 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
 ) -> None:
     undisturbed = quantize(make_job(tiny_checkpoint), tmp_path / "whole", reporter)
     calls = []
-    original = calibrated.quantize_group
+    original = calibrated.round_group
 
-    def interrupted(*args: Any) -> list[QuantizedLinear]:
+    def interrupted(*args: Any) -> list[RoundedLinear]:
         calls.append(1)
         if len(calls) > 4 * finished + 2:  # four groups a layer: in the middle of the next one
             raise KeyboardInterrupt
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibrated, "quantize_group", interrupted)
+        patch.setattr(calibrated, "round_group", interrupted)
         with pytest.raises(KeyboardInterrupt):
             quantize(make_job(tiny_checkpoint), tmp_path / "variant", reporter)
     assert not (tmp_path / "variant").exists()
 
     calls.clear()
-    monkeypatch.setattr(calibrated, "quantize_group", lambda *args: (calls.append(1), original(*args))[1])
+    monkeypatch.setattr(calibrated, "round_group", lambda *args: (calls.append(1), original(*args))[1])
     resumed = quantize(make_job(tiny_checkpoint), tmp_path / "variant", reporter)
     assert len(calls) == 4 * (3 - finished)
     assert digests(resumed.directory) == digests(undisturbed.directory)
@@ -219,7 +218,7 @@ def test_groups_that_do_not_divide_the_columns_are_refused(
     tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter
 ) -> None:
     job = make_job(tiny_checkpoint)
-    changed = job.recipe.model_copy(update={"weights": job.recipe.weights.model_copy(update={"group_size": 96})})
+    changed = job.recipe.model_copy(update={"group_size": 96})
     object.__setattr__(job, "recipe", changed)
     with pytest.raises(RecipeError, match="do not divide"):
         quantize(job, tmp_path / "variant", reporter)
