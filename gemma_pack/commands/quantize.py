@@ -38,7 +38,13 @@ Examples:
 @click.option("--samples", type=click.IntRange(min=1), help="Calibration windows  [default: the recipe's]")
 @click.option("--sequence-length", type=click.IntRange(min=16), help="Tokens a window  [default: the recipe's]")
 @click.option("--seed", type=click.IntRange(min=0), help="Which windows are drawn  [default: the recipe's]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute; auto is a GPU where there is one.",
+)
 @click.option("--offline", is_flag=True, help="Use no network.")
 @with_console
 def command(
