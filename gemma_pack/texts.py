@@ -293,25 +293,34 @@ def _joined(prose: _Prose, limit: int) -> str:
     return "\n\n".join(kept)[:limit]
 
 
+def load_tokenizer(directory: Path) -> tuple[Tokenizer, int]:
+    """Return the tokenizer of the checkpoint in `directory`, without truncation or padding, and the id of <bos>.
+
+    Raises:
+        CheckpointError: there is no tokenizer.json, it is broken, or it has no <bos>.
+    """
+    from tokenizers import Tokenizer
+
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory} has no tokenizer.json", hint="copy the model's tokenizer files into it")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises Exception itself on a broken file
+        raise CheckpointError(f"{path} is no valid tokenizer: {error}", hint="fetch the file again") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    bos = tokenizer.token_to_id(BOS)
+    if bos is None:
+        raise CheckpointError(f"{path} has no {BOS}: it is not Gemma's tokenizer")
+    return tokenizer, bos
+
+
 class _Encoder:
     """Turns text into token ids without <bos>, and knows how many bytes of the text stand behind each."""
 
     def __init__(self, directory: Path) -> None:
-        from tokenizers import Tokenizer
-
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"{directory} has no tokenizer.json", hint="copy the model's tokenizer files into it")
-        try:
-            self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises Exception itself on a broken file
-            raise CheckpointError(f"{path} is no valid tokenizer: {error}", hint="fetch the file again") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        bos = self._tokenizer.token_to_id(BOS)
-        if bos is None:
-            raise CheckpointError(f"{path} has no {BOS}: it is not Gemma's tokenizer")
-        self.bos: int = bos
+        self._tokenizer, self.bos = load_tokenizer(directory)
         self._directory = directory
 
     def prose(self, text: str) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:

@@ -7,6 +7,7 @@ from gemma_pack.record import (
     Metric,
     QuantizationRecord,
     Record,
+    RefinementRecord,
     SourceRecord,
     TextRecord,
     UntouchedProof,
@@ -33,7 +34,9 @@ def quantized_record(**source: object) -> Record:
             scheme="int4 weights in groups of 128",
             algorithm="gptq",
             calibration=text_record("HuggingFaceH4/ultrachat_200k", 512),
-            seed=42,
+            refinement=RefinementRecord(
+                text=text_record("own.jsonl", 96), steps=140, held_out_kl_before_nats=0.5, held_out_kl_after_nats=0.25
+            ),
             device="cuda",
             versions={"torch": "2.13.0", "llmcompressor": "0.14.0.1"},
             untouched=UntouchedProof(changed=("a.weight", "b.weight"), untouched=169, sha256="d3" * 32),

@@ -72,6 +72,7 @@ def test_every_number_of_the_record_is_on_the_card(tmp_path: Path) -> None:
         "0.0312 nats",
         "≥ 93.25 %",
         "PASS",
+        "0.5000 nats before, 0.2500 nats after",
     ):
         assert written in card
 
