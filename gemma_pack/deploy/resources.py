@@ -25,8 +25,8 @@ GPU_MEMORY_UTILIZATION: Final = 0.9
 ACTIVATION_BYTES: Final = 3 * GIB
 """Activations, sampling over Gemma's 262,144 logits and CUDA graphs, a GPU: an upper estimate, not a measurement."""
 IN_FLIGHT_TOKENS: Final = 2 * 8192
-"""Tokens scheduled and not settled: two steps, since vLLM schedules one ahead, of the largest batch that it chooses for
-an API server below 160 GB of GPU memory (`EngineArgs.get_batch_defaults`)."""
+"""Tokens scheduled and not settled: two batches, since vLLM schedules one ahead on a GPU (its
+`VllmConfig.max_concurrent_batches`), each as large as it chooses on an H100 (`EngineArgs.get_batch_defaults`)."""
 HOST_PROCESS_BYTES: Final = 4 * GIB
 """API server and engine core hold 0.6 GB each (measured, vLLM 0.32); the rest is the worker with its CUDA libraries."""
 SHARED_MEMORY_BYTES: Final = 2 * GIB
