@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import os
+import re
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from gemma_pack.errors import RecipeError
 from gemma_pack.yaml_file import parse_yaml
@@ -25,7 +27,13 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9.-]*$"
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Count = Annotated[int, Field(ge=1, strict=True)]
+"""Strict, because YAML's `yes` would else be 1."""
+Tokens = Annotated[int, Field(ge=16, strict=True)]
+Seed = Annotated[int, Field(ge=0, strict=True)]
 
 
 class Gptq(_Part):
@@ -40,14 +48,14 @@ class Gptq(_Part):
 class Refinement(_Part):
     """Settings of the end-to-end tuning of the scales."""
 
-    steps: Annotated[int, Field(ge=1)]
-    windows_a_step: Annotated[int, Field(ge=1)] = 2
-    sequence_length: Annotated[int, Field(ge=16)] = 256
+    steps: Count
+    windows_a_step: Count = 2
+    sequence_length: Tokens = 256
     learning_rate: Annotated[float, Field(gt=0, le=0.1)] = 2e-3
     """Peak rate of Adam on the logarithm of the scales: 2e-3 moves a scale by at most 0.2 % a step."""
-    held_out: Annotated[int, Field(ge=1)] = 16
+    held_out: Count = 16
     """Windows of the calibration text that only judge; the scales that do best on them are kept."""
-    seed: int = 0
+    seed: Seed = 0
     """Order of the windows."""
 
     @property
@@ -59,12 +67,12 @@ class Refinement(_Part):
 class Calibration(_Part):
     """The text that statistics are taken from."""
 
-    dataset: str
+    dataset: Annotated[str, Field(min_length=1)]
     """A hub dataset, `owner/name` or `owner/name:config`; the split is `split`."""
     split: str = "train"
-    samples: Annotated[int, Field(ge=1)]
-    sequence_length: Annotated[int, Field(ge=16)]
-    seed: int = 0
+    samples: Count
+    sequence_length: Tokens
+    seed: Seed = 0
 
 
 class GateRow(_Part):
@@ -107,7 +115,30 @@ class Recipe(_Part):
     Embeddings, head, vision tower and projector are never quantized, whatever this says."""
     calibration: Calibration | None = None
     """None for a recipe that needs no data."""
-    gate: Annotated[tuple[GateRow, ...], Field(min_length=1)]
+    gate: tuple[GateRow, ...]
+
+    @field_validator("ignore")
+    @classmethod
+    def _are_patterns(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in (entry.removeprefix("re:") for entry in entries if entry.startswith("re:")):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern} is no regular expression: {error}") from error
+        return entries
+
+    @field_validator("gate")
+    @classmethod
+    def _judges(cls, rows: tuple[GateRow, ...]) -> tuple[GateRow, ...]:
+        if not rows:
+            raise ValueError("there is no row, so nothing would be judged")
+        limits = [row.up_to_parameters for row in rows]
+        for before, limit in itertools.pairwise(limits):
+            if before is None or (limit is not None and limit <= before):
+                raise ValueError(
+                    "a row is never reached: sort the rows by rising up_to_parameters, the one without it last"
+                )
+        return rows
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
