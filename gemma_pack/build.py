@@ -8,14 +8,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from gemma_pack.errors import MachineError
+from gemma_pack.errors import CheckpointError, InvalidUsageError, MachineError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from gemma_pack.console import Reporter
     from gemma_pack.quantization.variant import Variant
-    from gemma_pack.recipe import Calibration
+    from gemma_pack.recipe import Calibration, Recipe
+    from gemma_pack.record import Record
+    from gemma_pack.report import Report
     from gemma_pack.texts import Windows
 
 
@@ -99,3 +101,117 @@ def resolve_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("no CUDA device is to be had here", hint="leave out --device cuda to use the CPU")
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def validate_variant(
+    directory: Path,
+    report_directory: Path,
+    *,
+    against: str | None,
+    profile_name: str,
+    text: str,
+    recipe_name: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    offline: bool = False,
+    reporter: Reporter,
+) -> Report:
+    """Validate the variant in `directory` against its base; write the report, and the verdict into record and card.
+
+    Args:
+        directory: what `quantize` wrote.
+        report_directory: where report.json and its renderings go.
+        against: the base, as `obtain` takes it; None means the one that the record names.
+        profile_name: one of `PROFILES`.
+        text: evaluation text, as `load_windows` takes it.
+        recipe_name: whose gate judges; None means that of the variant's own recipe.yaml.
+        seed: which windows are drawn, and the bootstrap's draws.
+        device: `auto`, `cpu` or `cuda`.
+        offline: use no network.
+        reporter: told of progress.
+
+    Raises:
+        InvalidUsageError: the record names a directory as base, and `against` is not given.
+        CheckpointError: the variant cannot be compared with the base, or its recipe.yaml is not what it was made by.
+    """
+    from gemma_pack.checkpoint import Checkpoint
+    from gemma_pack.evaluation.profiles import PROFILES
+    from gemma_pack.evaluation.validation import Comparison, validate
+    from gemma_pack.record import require_record
+    from gemma_pack.reports.card import variant_name, write_card
+    from gemma_pack.reports.writing import write_reports
+    from gemma_pack.sources import obtain
+    from gemma_pack.texts import load_windows
+
+    Checkpoint.open(directory)
+    record = require_record(directory)
+    recipe = gate_recipe(directory, record, recipe_name)
+    model, revision = base_of(record) if against is None else (against, None)
+    source = obtain(model, revision=revision, output=None, offline=offline, reporter=reporter)
+    profile = PROFILES[profile_name]
+    windows = load_windows(
+        text,
+        "evaluation",
+        source.directory,
+        samples=profile.windows,
+        sequence_length=profile.sequence_length,
+        seed=seed,
+        split="test",
+        offline=offline,
+        reporter=reporter,
+    )
+    comparison = Comparison(
+        variant=directory,
+        record=record,
+        base=source.directory,
+        base_source=source.record,
+        recipe=recipe,
+        windows=windows,
+        profile=profile,
+        device=resolve_device(device),
+        seed=seed,
+    )
+    report = validate(comparison, reporter)
+    write_reports(report, report_directory, variant_name(record))
+    record.model_copy(update={"validation": report.summary()}).write(directory)
+    write_card(directory)
+    return report
+
+
+def gate_recipe(directory: Path, record: Record, recipe_name: str | None) -> Recipe:
+    """Return the recipe whose gate judges the variant in `directory`: the one named, else the one it was made by.
+
+    Raises:
+        CheckpointError: the record has no quantization, or recipe.yaml is not the recipe that the record names.
+        RecipeError: there is no such recipe, or it is invalid.
+    """
+    from gemma_pack.recipe import load_recipe
+
+    if record.quantization is None:
+        raise CheckpointError(
+            f"{directory} is no variant: its record has no quantization", hint="run gemma-pack quantize first"
+        )
+    if recipe_name:
+        return load_recipe(recipe_name)
+    recipe = load_recipe(str(directory / "recipe.yaml"))
+    if recipe.digest() != record.quantization.recipe_sha256:
+        raise CheckpointError(
+            f"{directory / 'recipe.yaml'} is not the recipe that the variant was made by",
+            hint="pass the recipe whose gate should judge with --recipe",
+        )
+    return recipe
+
+
+def base_of(record: Record) -> tuple[str, str | None]:
+    """Return the base that the record names, as a model and a revision for `obtain`.
+
+    Raises:
+        InvalidUsageError: it was a directory; a record holds no paths.
+    """
+    source = record.source
+    if source.kind == "directory":
+        raise InvalidUsageError(
+            f"the variant was made from a directory named {source.model_id}, and the record does not say where it lies",
+            hint="pass the directory with --against",
+        )
+    return ("demo", None) if source.kind == "demo" else (source.model_id, source.revision)

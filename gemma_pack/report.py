@@ -3,7 +3,7 @@
 Evaluation fills it and reports render it, so it lives below both. It holds nothing that differs between two
 identical runs (no dates or durations): the record in the variant names it by its sha256. Logarithms are natural.
 The formulas are llama.cpp's (`tools/perplexity`) unless said otherwise, with base first:
-ℓ = -ln p(x_t | x_<t), d = ℓ_variant - ℓ_base, KL = Σ_v p_base(v) (ln p_base(v) - ln p_variant(v)).
+nll = -ln p(x_t | x_<t), d = nll_variant - nll_base, KL = Σ_v p_base(v) (ln p_base(v) - ln p_variant(v)).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gemma_pack import __version__
 from gemma_pack.errors import GemmaPackError
-from gemma_pack.record import FileDigest, Metric, TextRecord
+from gemma_pack.record import FileDigest, Metric, TextRecord, ValidationRecord
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +31,6 @@ class _Part(BaseModel):
 class Subject(_Part):
     """The variant that was judged."""
 
-    name: str
     recipe: str
     recipe_sha256: str
     scheme: str
@@ -115,7 +114,7 @@ class Likelihood(_Part):
     ppl_variant: float
     ppl_base_standard_error: float
     ppl_variant_standard_error: float
-    """By the delta method from the bootstrap's error of the mean ℓ."""
+    """By the delta method from the bootstrap's error of the mean nll."""
     ln_ratio: Estimate
     """Mean d = ln(PPL_variant / PPL_base)."""
     bits_per_byte_base: float
@@ -127,6 +126,14 @@ class PositionBin(_Part):
 
     begin: int
     end: int
+    kl_nats: float
+
+
+class KindMean(_Part):
+    """Mean KL of the tokens of one kind, such as digits."""
+
+    kind: str
+    tokens: int
     kl_nats: float
 
 
@@ -160,8 +167,9 @@ class Divergence(_Part):
     """Root mean square of Δp = p_variant(x_t) - p_base(x_t)."""
     delta_p_percentiles: dict[str, float]
     by_position: tuple[PositionBin, ...]
+    by_kind: tuple[KindMean, ...]
     histogram: tuple[HistogramBin, ...]
-    worst: tuple[TokenSpot, ...] = ()
+    worst: tuple[TokenSpot, ...]
 
 
 class WindowSums(_Part):
@@ -217,8 +225,8 @@ class Report(_Part):
     schema_version: Literal[1] = 1
     gemma_pack_version: str = __version__
     verdict: Verdict
-    reasons: tuple[str, ...]
-    """One sentence for each thing that kept the verdict from being a pass."""
+    windows_needed: int | None = None
+    """How many windows would likely decide an undecided verdict; None where no affordable number would."""
     subject: Subject
     base: Base
     engine: Engine
@@ -227,7 +235,7 @@ class Report(_Part):
     metrics: tuple[Metric, ...]
     likelihood: Likelihood
     divergence: Divergence
-    parity: Parity | None = None
+    parity: Parity
     windows: tuple[WindowSums, ...]
 
     def encode(self) -> bytes:
@@ -237,6 +245,17 @@ class Report(_Part):
     def digest(self) -> str:
         """Return the sha256 of report.json."""
         return hashlib.sha256(self.encode()).hexdigest()
+
+    def summary(self) -> ValidationRecord:
+        """Return what the variant's record keeps of this report."""
+        return ValidationRecord(
+            verdict=self.verdict,
+            report_sha256=self.digest(),
+            engine=f"{self.engine.name} {self.engine.versions.get(self.engine.name, '')}".strip(),
+            profile=self.protocol.profile,
+            evaluation=self.protocol.text,
+            metrics=self.metrics,
+        )
 
 
 def read_report(path: Path) -> Report:

@@ -24,9 +24,11 @@ VERBS: Final[tuple[str, ...]] = (
     "download",
     "recipes",
     "quantize",
+    "validate",
     "card",
     "package",
     "push",
+    "pull",
 )
 """In the order of the work. Each is a module here, with the click command in a variable `command`."""
 

@@ -23,7 +23,13 @@ def template(name: str) -> Template:
     )
     environment.filters["size"] = format_bytes
     environment.filters["cell"] = markdown_cell
+    environment.filters["compact"] = compact
     return environment.get_template(name)
+
+
+def compact(number: float) -> str:
+    """Write a number with three significant digits, small ones as powers of ten."""
+    return "0" if number == 0 else f"{number:.1e}" if abs(number) < 1e-3 else f"{number:.3g}"
 
 
 def markdown_cell(text: Any) -> str:  # noqa: ANN401 - whatever a template passes

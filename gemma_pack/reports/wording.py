@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from gemma_pack.record import Metric
+    from gemma_pack.report import Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,27 @@ def margin(metric: Metric) -> str:
 def rows(metrics: tuple[Metric, ...]) -> list[list[str]]:
     """Return a table's cells: measure, value, bound, margin, verdict."""
     return [[label(m), value(m), bound(m), margin(m), VERDICT_WORDS[m.verdict]] for m in metrics]
+
+
+def reasons(report: Report) -> list[str]:
+    """Return a sentence for each measure that did not pass, and what would decide an undecided verdict."""
+    sentences = []
+    for metric in report.metrics:
+        if metric.verdict == "fail":
+            sentences.append(f"{label(metric)} is {value(metric)}, the margin {margin(metric)}")
+        elif metric.verdict == "undecided":
+            sentences.append(
+                f"{label(metric)} is {value(metric)}, its bound {bound(metric)}, the margin {margin(metric)}"
+            )
+    if report.verdict == "undecided":
+        sentences.append(_remedy(report.protocol.text.windows, report.windows_needed))
+    return sentences
+
+
+def _remedy(windows: int, needed: int | None) -> str:
+    if needed:
+        return f"about {needed} windows instead of {windows} would decide it"
+    return "a value lies so close to its margin that more windows of this text would not decide it"
 
 
 HEADER: Final = ("measure", "value", "95 % bound", "margin", "verdict")

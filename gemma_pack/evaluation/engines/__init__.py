@@ -1,0 +1,1 @@
+"""What computes the probabilities that evaluation compares."""

@@ -1,0 +1,221 @@
+"""A model in this process, through transformers, on CPU or CUDA.
+
+Base and variant run the same code: bf16 weights, the attention kernel that is right for the family, logits after the
+model's own final soft-cap, in float32. A compressed-tensors variant is dequantized to bf16 when it is loaded, so its
+weights are exactly what its scales and integers say; activations are still quantized where the scheme asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from gemma_pack.checkpoint import read_json
+from gemma_pack.console import format_bytes
+from gemma_pack.errors import CheckpointError, MachineError, QuantizationError
+from gemma_pack.gemma import attention_implementation, require_bfloat16
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor
+
+ROOM_BYTES: Final = 1_000_000_000
+"""What scoring may take beside the resident models."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A greedy continuation: token ids without the prompt, and whether the last of them is an end token."""
+
+    tokens: tuple[int, ...]
+    ended: bool
+
+
+class Model:
+    """A loaded model that gives hidden states, logits and greedy answers.
+
+    `role` is how errors name it: `base` or `variant`.
+    """
+
+    def __init__(self, module: Any, role: str, attention: str) -> None:  # noqa: ANN401 - a transformers model
+        """Take a transformers model with an output head, in evaluation mode."""
+        self.module = module
+        self.role = role
+        self.attention = attention
+        text = module.config.get_text_config()
+        self._soft_cap: float | None = getattr(text, "final_logit_softcapping", None)
+        self._ends = _end_tokens(module)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        device: torch.device = self.module.device
+        return device
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Return the decoder's last hidden states, bf16 [batch, length, hidden], for int64 ids [batch, length]."""
+        states: Tensor = self.module.model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+        return states
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return bf16 logits [tokens, vocabulary] for hidden states [tokens, hidden], before the final soft-cap."""
+        logits: Tensor = self.module.lm_head(hidden)
+        return logits
+
+    def finish(self, head: Tensor) -> Tensor:
+        """Return what `head` gave in float32, a copy, after the model's own final soft-cap."""
+        logits = head.float()
+        if self._soft_cap is not None:
+            logits.div_(self._soft_cap).tanh_().mul_(self._soft_cap)
+        return logits
+
+    def answers(self, prompts: Sequence[Sequence[int]], limit: int) -> list[Answer]:
+        """Return the greedy continuations of `prompts`, answered together, of at most `limit` tokens each.
+
+        Shorter prompts are padded on the left and the padding masked. Written out rather than left to `generate`,
+        which merges in the sampling settings of generation_config.json.
+        """
+        import torch
+
+        length = max(map(len, prompts))
+        ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
+        mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        step, cache = ids, None
+        answers: list[list[int]] = [[] for _ in prompts]
+        ended = [False] * len(prompts)
+        for _ in range(limit):
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -step.shape[1] :]
+            output = self.module.model(
+                input_ids=step, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+            cache = output.past_key_values
+            logits = self.finish(self.head(output.last_hidden_state[:, -1]))
+            step = logits.argmax(-1, keepdim=True)  # of numbers and NaN, NaN
+            if not bool(torch.isfinite(logits.gather(1, step)).all()):
+                self.fail_not_finite(ids)
+            for row, token in enumerate(step[:, 0].tolist()):
+                if not ended[row]:
+                    answers[row].append(token)
+                    ended[row] = token in self._ends
+            if all(ended):
+                break
+            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+        return [Answer(tuple(tokens), end) for tokens, end in zip(answers, ended, strict=True)]
+
+    def fail_not_finite(self, ids: Tensor) -> None:
+        """Raise QuantizationError that names the first module whose output for `ids` is not finite."""
+        culprit = self._first_not_finite(ids)
+        raise QuantizationError(
+            f"the {self.role} computes NaN or infinity, first in {culprit}",
+            hint="its weights are damaged there; quantize again"
+            if self.role == "variant"
+            else "fetch the checkpoint again",
+        )
+
+    def _first_not_finite(self, ids: Tensor) -> str:
+        """Run `ids` once more with an ear at every module; return the name of the first that is not finite."""
+        import torch
+
+        found: list[str] = []
+
+        def listen(name: str) -> Any:  # noqa: ANN401 - a hook
+            def hook(module: object, arguments: object, output: Any) -> None:  # noqa: ANN401
+                del module, arguments
+                tensor = output[0] if isinstance(output, tuple) else output
+                if not found and isinstance(tensor, torch.Tensor) and not bool(torch.isfinite(tensor).all()):
+                    found.append(name)
+
+            return hook
+
+        leaves = [(n, m) for n, m in self.module.named_modules() if not any(True for _ in m.children())]
+        handles = [module.register_forward_hook(listen(name)) for name, module in leaves]
+        try:
+            self.head(self.hidden(ids))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found[0] if found else "the output head"
+
+
+def load(directory: Path, role: str, device: str) -> Model:
+    """Load the checkpoint in `directory` onto `device`, `cpu` or `cuda`, for inference in bf16.
+
+    Raises:
+        CheckpointError: it is not bf16, or transformers cannot load it.
+        MachineError: it does not fit.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    raw = read_json(directory / "config.json")
+    require_bfloat16(raw)
+    attention = attention_implementation(raw)
+    config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
+    if isinstance(quantization := raw.get("quantization_config"), dict):
+        config.quantization_config = dict(quantization)
+        if quantization.get("quant_method") == "compressed-tensors":
+            config.quantization_config["dequantize"] = True  # else at the first forward pass of the whole model only
+    try:
+        with _without_bars():
+            module = AutoModelForCausalLM.from_pretrained(
+                str(directory),
+                config=config,
+                dtype=torch.bfloat16,
+                attn_implementation=attention,
+                device_map={"": device} if device != "cpu" else None,
+                local_files_only=True,
+                use_safetensors=True,
+            )
+    except torch.OutOfMemoryError as error:
+        raise MachineError(f"the {role} does not fit on {device}", hint="use a larger GPU, or --device cpu") from error
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"transformers cannot load {directory}: {reason}") from error
+    return Model(module.eval(), role, attention)
+
+
+def require_memory(size_bytes: int, device: str) -> None:
+    """Raise MachineError unless `size_bytes` of weights and the room to score fit on `device`."""
+    needed = size_bytes + ROOM_BYTES
+    available = _free_bytes(device)
+    if available is not None and available < needed:
+        raise MachineError(
+            f"base and variant need {format_bytes(needed)} together, and {device} has {format_bytes(available)} free",
+            hint="validate on a machine with more memory",
+        )
+
+
+def _free_bytes(device: str) -> int | None:
+    """Return the free memory of `device`; None where the system does not say."""
+    if device != "cpu":
+        import torch
+
+        free, _ = torch.cuda.mem_get_info()
+        return int(free)
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    for line in meminfo.read_text("ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _end_tokens(module: Any) -> frozenset[int]:  # noqa: ANN401 - a transformers model
+    """Return the ids that end an answer: of generation_config.json, else of config.json."""
+    declared = getattr(module.generation_config, "eos_token_id", None)
+    if declared is None:
+        declared = module.config.get_text_config().eos_token_id
+    return frozenset([declared] if isinstance(declared, int) else declared or [])
+
+
+@contextlib.contextmanager
+def _without_bars() -> Any:  # noqa: ANN401 - a generator
+    """Keep the bars that transformers and compressed-tensors draw on stderr while loading out of our output."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield

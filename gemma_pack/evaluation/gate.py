@@ -1,0 +1,101 @@
+"""The verdict: is the variant no worse than its base by more than a stated margin, and is the evidence enough?
+
+A test of non-inferiority with three outcomes. A measure passes when the one-sided 95 % bound on its bad side is within
+the margin, fails when even the bound on its good side is beyond it, and is undecided between. The gate is an
+AND of its measures, which needs no correction for their number; the worst outcome is the gate's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from gemma_pack.evaluation.statistics import MINIMUM_WINDOWS, Bounds, windows_to_decide
+from gemma_pack.record import Metric
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from gemma_pack.recipe import GateRow
+    from gemma_pack.report import Estimate, Verdict
+
+
+def judge_costs(
+    ln_ratio: Estimate, kl: Estimate, same_top1: Estimate, row: GateRow, windows: int
+) -> tuple[Metric, Metric, Metric]:
+    """Return perplexity increase, mean KL and share of same first choices, held against the row's margins.
+
+    A measure that the row has no margin for is reported with its bound and not judged.
+    """
+    increase = _scaled(ln_ratio, lambda delta: 100 * math.expm1(min(delta, 700)))
+    share = _scaled(same_top1, lambda value: 100 * value)
+    return (
+        judge(
+            Metric(name="ppl_increase_percent", value=increase[0], unit="%"),
+            increase,
+            row.ppl_increase_percent,
+            windows,
+        ),
+        judge(Metric(name="kl_nats", value=kl.value, unit="nats"), _scaled(kl), row.kl_nats, windows),
+        judge(
+            Metric(name="same_top1_percent", value=share[0], unit="%"),
+            share,
+            row.same_top1_percent,
+            windows,
+            higher_is_better=True,
+        ),
+    )
+
+
+def judge(
+    metric: Metric,
+    bounds: tuple[float, float, float],
+    margin: float | None,
+    windows: int,
+    *,
+    higher_is_better: bool = False,
+) -> Metric:
+    """Return `metric` with its bound, margin and verdict; `bounds` are its value, lower and upper bound.
+
+    Fewer than 32 windows can fail a variant but not pass it: the bootstrap's bounds are too narrow then.
+    """
+    _, lower, upper = bounds
+    bad, good = (lower, upper) if higher_is_better else (upper, lower)
+    if margin is None:
+        return metric.model_copy(update={"bound": bad})
+
+    def beyond(bound: float) -> bool:
+        return bound < margin if higher_is_better else bound > margin
+
+    verdict = "fail" if beyond(good) else "undecided" if beyond(bad) or windows < MINIMUM_WINDOWS else "pass"
+    return metric.model_copy(update={"bound": bad, "margin": margin, "verdict": verdict})
+
+
+def overall(metrics: Sequence[Metric]) -> Verdict:
+    """Return the worst verdict among the judged metrics."""
+    verdicts = {metric.verdict for metric in metrics}
+    return "fail" if "fail" in verdicts else "undecided" if "undecided" in verdicts else "pass"
+
+
+def windows_needed(ln_ratio: Estimate, kl: Estimate, same_top1: Estimate, row: GateRow, windows: int) -> int | None:
+    """Return how many windows would likely decide every measure that has a margin.
+
+    None where the value of one lies so close to its margin that no affordable number would.
+    """
+    margins = (
+        (ln_ratio, None if row.ppl_increase_percent is None else math.log1p(row.ppl_increase_percent / 100)),
+        (kl, row.kl_nats),
+        (same_top1, None if row.same_top1_percent is None else row.same_top1_percent / 100),
+    )
+    needed = [
+        windows_to_decide(Bounds(e.value, e.lower, e.upper, e.standard_error), margin, windows)
+        for e, margin in margins
+        if margin is not None and (windows < MINIMUM_WINDOWS or e.lower <= margin <= e.upper)
+    ]
+    known = [count for count in needed if count is not None]
+    return max(known) if known and len(known) == len(needed) else None
+
+
+def _scaled(estimate: Estimate, scale: Callable[[float], float] = float) -> tuple[float, float, float]:
+    """Return value, lower and upper bound in another unit; `scale` is monotone."""
+    return scale(estimate.value), scale(estimate.lower), scale(estimate.upper)

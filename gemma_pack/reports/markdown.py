@@ -1,0 +1,39 @@
+"""report.md: the whole report for people, verdict first, in Markdown that GitHub renders."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from gemma_pack.reports import wording
+from gemma_pack.reports.templating import template
+
+if TYPE_CHECKING:
+    from gemma_pack.report import PromptParity, Report
+
+WORST_PROMPTS: Final = 5
+
+
+def render_markdown(report: Report, name: str) -> str:
+    """Return report.md for the variant called `name`."""
+    estimates = (
+        ("ln(perplexity ratio)", report.likelihood.ln_ratio),
+        ("mean KL, nats", report.divergence.kl_nats),
+        ("same first choice, share", report.divergence.same_top1),
+    )
+    return template("report.md.j2").render(
+        report=report,
+        name=name,
+        header=wording.HEADER,
+        rows=wording.rows(report.metrics),
+        reasons=wording.reasons(report),
+        estimates=estimates,
+        identical=sum(prompt.first_divergent is None for prompt in report.parity.prompts),
+        worst_prompts=worst_prompts(report),
+    )
+
+
+def worst_prompts(report: Report) -> list[PromptParity]:
+    """Return the answers that differ most: empty ones, then those with the largest share of divergent tokens."""
+    different = [prompt for prompt in report.parity.prompts if prompt.first_divergent is not None]
+    different.sort(key=lambda prompt: (not prompt.variant_empty, -prompt.divergent_share, prompt.first_divergent))
+    return different[:WORST_PROMPTS]

@@ -1,0 +1,26 @@
+"""Writes a report into its directory: report.json, and report.md rendered from it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from gemma_pack.checkpoint import write_atomic
+from gemma_pack.report import REPORT_NAME
+from gemma_pack.reports.markdown import render_markdown
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gemma_pack.report import Report
+
+MARKDOWN_NAME: Final = "report.md"
+
+
+def write_reports(report: Report, directory: Path, name: str) -> None:
+    """Write every rendering of `report`, on the variant called `name`, into `directory`, which may exist.
+
+    report.json comes last: where it is new, the others are of the same run.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomic(directory / MARKDOWN_NAME, render_markdown(report, name))
+    write_atomic(directory / REPORT_NAME, report.encode())
