@@ -32,12 +32,7 @@ Examples:
 )
 @click.option("--text", default="builtin", show_default=True, help="Hub dataset, .txt or .jsonl file, or builtin.")
 @click.option("--recipe", help="Recipe whose gate judges  [default: the variant's recipe.yaml]")
-@click.option(
-    "--report",
-    "report_directory",
-    type=click.Path(path_type=Path),
-    help="Report directory  [default: DIRECTORY.report]",
-)
+@click.option("--report", type=click.Path(path_type=Path), help="Directory of the report  [default: DIRECTORY.report]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Windows and draws.")
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
@@ -50,17 +45,20 @@ def command(
     profile: str,
     text: str,
     recipe: str | None,
-    report_directory: Path | None,
+    report: Path | None,
     seed: int,
     device: str,
     console: Console,
     *,
     offline: bool,
 ) -> None:
-    """Compare the variant in DIRECTORY with its bf16 base and judge it by its recipe's gate.
+    """Judge a variant against its bf16 base by its gate.
+
+    DIRECTORY is what quantize wrote. Base and variant read the same text and answer the same prompts; the gate is
+    the recipe's.
 
     \b
-    Profiles (figures in brackets: Gemma 3 270M on 2 cores):
+    Profiles:
       smoke    8 windows of  256 tokens,   4 prompts: does it run?
       quick   32 windows of  512 tokens,  16 prompts: a verdict
       full   256 windows of 1024 tokens, 128 prompts: a surer one
@@ -74,8 +72,8 @@ def command(
     from gemma_pack.console import table
     from gemma_pack.reports import wording
 
-    target = report_directory or directory.with_name(directory.name + ".report")
-    report = validate_variant(
+    target = report or directory.with_name(directory.name + ".report")
+    outcome = validate_variant(
         directory,
         target,
         against=against,
@@ -87,9 +85,9 @@ def command(
         offline=offline,
         reporter=console,
     )
-    shown = table(wording.rows(report.metrics), header=wording.HEADER)
-    console.result(report, f"{shown}\n\n{wording.VERDICT_WORDS[report.verdict]}: {target / 'report.md'}")
-    raise_verdict(report, target)
+    shown = table(wording.rows(outcome.metrics), header=wording.HEADER)
+    console.result(outcome, f"{shown}\n\n{wording.VERDICT_WORDS[outcome.verdict]}: {target / 'report.md'}")
+    raise_verdict(outcome, target)
 
 
 def raise_verdict(report: Report, target: Path) -> None:
