@@ -6,13 +6,12 @@ Stages never call one another; this is the one place where the output of one bec
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_pack.errors import CheckpointError, InvalidUsageError, MachineError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from gemma_pack.console import Reporter
     from gemma_pack.quantization.variant import Variant
     from gemma_pack.recipe import Calibration, Recipe
@@ -88,6 +87,13 @@ def quantize_model(
     if variant.made_now:
         write_card(target)
     return variant
+
+
+def default_stem(model: str) -> str:
+    """Return the name that outputs begin with: the last part of a hub id or path."""
+    if model == "demo":
+        return "gemma-3-270m"
+    return Path(model).resolve().name if Path(model).is_dir() else Path(model).name
 
 
 def resolve_device(device: str) -> str:

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers fill the cores between them; torch threads that spin for each other's results would slow all of them.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 from gemma_pack.checkpoint import TensorInfo, read_header, write_index, write_safetensors
 
 if TYPE_CHECKING:

@@ -29,6 +29,8 @@ VERBS: Final[tuple[str, ...]] = (
     "package",
     "push",
     "pull",
+    "deploy",
+    "build",
 )
 """In the order of the work. Each is a module here, with the click command in a variable `command`."""
 

@@ -66,7 +66,7 @@ def command(
     MODEL is a hub id, a directory, or `demo`. Without it: GEMMA_PACK_MODEL, `model:` in ./gemma-pack.yaml,
     else google/gemma-2-9b-it. An interrupted run goes on where it stopped when the same command is run again.
     """
-    from gemma_pack.build import CalibrationChoice, quantize_model
+    from gemma_pack.build import CalibrationChoice, default_stem, quantize_model
     from gemma_pack.recipe import load_recipe
 
     loaded = {name: load_recipe(name) for name in recipe}
@@ -116,13 +116,6 @@ def _require_free(targets: Mapping[str, Path]) -> None:
 
 def _outcome(*, made_now: bool) -> str:
     return "made now" if made_now else "already there, from the same inputs"
-
-
-def default_stem(model: str) -> str:
-    """Return the name that outputs begin with: the last part of a hub id or path."""
-    return (
-        "gemma-3-270m" if model == "demo" else Path(model).resolve().name if Path(model).is_dir() else Path(model).name
-    )
 
 
 def project_model() -> str | None:
