@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gemma_pack.deploy.image import ServedImage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,18 +31,29 @@ class Bundle:
     Attributes:
         target: its name on the command line.
         files: what to apply, start or copy.
-        separator: between the files on stdout.
         steps: the commands that bring it to life, in order.
         warnings: what the user should know before.
     """
 
     target: str
     files: tuple[BundleFile, ...]
-    separator: str
     steps: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
-        """The printed files, one after another."""
-        return self.separator.join(file.text for file in self.files if file.printed)
+        """The printed files: YAML as one stream for `kubectl apply`, anything else under its name."""
+        printed = [file for file in self.files if file.printed]
+        if all(file.name.endswith(".yaml") for file in printed):
+            return "---\n".join(file.text for file in printed)
+        return "\n".join(f"# {file.name}\n{file.text}" for file in printed)
+
+
+def provenance_warnings(image: ServedImage) -> tuple[str, ...]:
+    """Return what is wrong with serving this image, whatever the target: nothing, if it passed its validation."""
+    validation = image.record.validation if image.record else None
+    if validation is None:
+        return ("nothing in the image says that the variant was validated against its base",)
+    if validation.verdict != "pass":
+        return (f"the validation of this variant ended with: {validation.verdict}",)
+    return ()

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from gemma_pack.deploy.options import MAX_NAME_LENGTH
 from gemma_pack.errors import InvalidUsageError
 
 if TYPE_CHECKING:
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     from gemma_pack.record import Record
 
 _PINNED: Final = re.compile(r"[^\s@\"']+/[^\s@\"']+@sha256:[0-9a-f]{64}")
-MAX_NAME_LENGTH: Final = 40
-"""KServe joins name, `-predictor-` and namespace to a DNS label of at most 63 characters: 12 are left for the last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +49,7 @@ class ServedImage:
 
     @property
     def name(self) -> str:
-        """A name for the service, from the repository: a DNS label that begins with a letter."""
+        """A name for what serves it, from the repository: a DNS label that begins with a letter."""
         repository = self.reference.partition("@")[0].rsplit("/", 1)[1]
         label = re.sub(r"[^a-z0-9]+", "-", repository.lower()).strip("-")
         label = label if label[:1].isalpha() else f"model-{label}".rstrip("-")

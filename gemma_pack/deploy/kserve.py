@@ -7,22 +7,19 @@ what they need of an image; config/runtimes/kserve-vllmserver.yaml for the conta
 from __future__ import annotations
 
 import math
-import re
-from dataclasses import dataclass
+import shlex
 from typing import TYPE_CHECKING, Final
 
 from gemma_pack.console import format_bytes
-from gemma_pack.deploy.bundle import Bundle, BundleFile
-from gemma_pack.deploy.image import MAX_NAME_LENGTH
+from gemma_pack.deploy.bundle import Bundle, BundleFile, provenance_warnings
+from gemma_pack.deploy.options import STORAGE_SCHEMES
 from gemma_pack.deploy.resources import GIB
 from gemma_pack.deploy.server import curl_command, server_arguments
 from gemma_pack.deploy.templating import render
-from gemma_pack.errors import InvalidUsageError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from gemma_pack.deploy.image import ServedImage
+    from gemma_pack.deploy.options import Options
     from gemma_pack.deploy.resources import Resources
 
 RUNTIME_VERSION: Final = "v0.30.0"
@@ -30,61 +27,10 @@ RUNTIME_IMAGE: Final = (
     "docker.io/vllm/vllm-openai@sha256:8a69ffad015f138d7170c4ddc429e230a3bc1c1719f67e14324749df200a4b90"
 )
 """The project's own server image at RUNTIME_VERSION, pinned: its index of all platforms."""
-STORAGE_SCHEMES: Final = ("oci", "oci+modelcar", "oci+native", "oci+fetch")
-"""`oci` leaves the way to the cluster; the others choose it: a sidecar that links the files, a volume of the container
-runtime, or a copy into the pod (KServe, `ParseOciScheme`)."""
-
-_LABEL: Final = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
-_SUBDOMAIN: Final = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
-_IMAGE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KServeOptions:
-    """What the user may choose.
-
-    Attributes:
-        name: of both objects, and of the model for clients; None for one made from the repository.
-        runtime_image: the server's image.
-        storage_scheme: one of STORAGE_SCHEMES.
-        pull_secret: name of the Secret that opens the registry; None where the registry is open to the cluster.
-    """
-
-    name: str | None = None
-    runtime_image: str = RUNTIME_IMAGE
-    storage_scheme: str = STORAGE_SCHEMES[0]
-    pull_secret: str | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse names that the API server would refuse."""
-        if self.name is not None and not (_LABEL.fullmatch(self.name) and len(self.name) <= MAX_NAME_LENGTH):
-            raise InvalidUsageError(
-                f"{self.name!r} is no name for an InferenceService: a letter, then letters, digits and '-', "
-                f"all small, at most {MAX_NAME_LENGTH}",
-                hint="choose another --name",
-            )
-        if self.pull_secret is not None and not (
-            _SUBDOMAIN.fullmatch(self.pull_secret) and len(self.pull_secret) <= 253
-        ):
-            raise InvalidUsageError(
-                f"{self.pull_secret!r} is no name for a Secret: small letters, digits, '-' and '.'",
-                hint="choose another --pull-secret",
-            )
-        if not _IMAGE.fullmatch(self.runtime_image):
-            raise InvalidUsageError(f"{self.runtime_image!r} is no image's name", hint="choose another --runtime-image")
-
-
-def kserve_bundle(
-    image: ServedImage, resources: Resources, options: KServeOptions, directory: Path | None = None
-) -> Bundle:
-    """Return the manifests that serve `image`.
-
-    Args:
-        image: what to serve.
-        resources: what one replica needs.
-        options: the user's choices.
-        directory: where the files will be, for the printed commands; None when they go to stdout.
-    """
+def kserve_bundle(image: ServedImage, resources: Resources, options: Options) -> Bundle:
+    """Return the manifests that serve `image` in a cluster."""
     name = options.name or image.name
     files = [
         BundleFile(name="serving-runtime.yaml", text=_serving_runtime(name, resources, options)),
@@ -102,25 +48,24 @@ def kserve_bundle(
     return Bundle(
         target="kserve",
         files=(*files, *forms),
-        separator="---\n",
-        steps=_steps(image, name, options, directory),
+        steps=_steps(image, name, options),
         warnings=_warnings(image, options),
     )
 
 
-def _serving_runtime(name: str, resources: Resources, options: KServeOptions) -> str:
+def _serving_runtime(name: str, resources: Resources, options: Options) -> str:
     return render(
         "kserve/serving-runtime.yaml",
         about=["Written by gemma-pack deploy: vLLM as Gemma needs it."],
         name=name,
-        runtime_image=options.runtime_image,
-        runtime_version=RUNTIME_VERSION if options.runtime_image == RUNTIME_IMAGE else None,
+        runtime_image=options.server_image or RUNTIME_IMAGE,
+        runtime_version=None if options.server_image else RUNTIME_VERSION,
         shared_memory=_gibibytes(resources.shared_memory_bytes),
     )
 
 
-def _inference_service(image: ServedImage, name: str, resources: Resources, options: KServeOptions) -> str:
-    copies = options.storage_scheme == "oci+fetch"
+def _inference_service(image: ServedImage, name: str, resources: Resources, options: Options) -> str:
+    scheme = options.storage_scheme or STORAGE_SCHEMES[0]
     return render(
         "kserve/inference-service.yaml",
         about=["Written by gemma-pack deploy.", *image.describe()],
@@ -128,26 +73,28 @@ def _inference_service(image: ServedImage, name: str, resources: Resources, opti
         node_disk=format_bytes(resources.node_disk_bytes),
         name=name,
         pull_secret=options.pull_secret,
-        storage_uri=f"{options.storage_scheme}://{image.reference}",
+        storage_uri=f"{scheme}://{image.reference}",
         arguments=server_arguments(name, resources),
         cpu_request=resources.cpu_request,
         cpu_limit=resources.cpu_limit,
         memory_request=_gibibytes(resources.memory_request_bytes),
         memory_limit=_gibibytes(resources.memory_limit_bytes),
-        ephemeral_storage=_gibibytes(image.size_bytes) if copies else None,
+        ephemeral_storage=_gibibytes(image.size_bytes) if scheme == "oci+fetch" else None,
         gpus=resources.gpus,
         gpu_memory_mib=math.ceil(resources.gpu_memory_bytes / (1 << 20)),
     )
 
 
-def _steps(image: ServedImage, name: str, options: KServeOptions, directory: Path | None) -> tuple[str, ...]:
+def _steps(image: ServedImage, name: str, options: Options) -> tuple[str, ...]:
     auth_file = "pull-secret.json"
     create = f"kubectl create secret generic {options.pull_secret} --type=kubernetes.io/dockerconfigjson"
     secret = (
         f"podman login --authfile {auth_file} {image.host}",
         f"{create} --from-file=.dockerconfigjson={auth_file}",
     )
-    apply = f"kubectl apply -k {directory}" if directory else "kubectl apply -f -  # with the manifests above"
+    apply = "kubectl apply -f -  # with the manifests above"
+    if options.directory:
+        apply = f"kubectl apply -k {shlex.quote(str(options.directory))}"
     return (
         *(secret if options.pull_secret else ()),
         apply,
@@ -157,16 +104,11 @@ def _steps(image: ServedImage, name: str, options: KServeOptions, directory: Pat
     )
 
 
-def _warnings(image: ServedImage, options: KServeOptions) -> tuple[str, ...]:
-    warnings = []
-    validation = image.record.validation if image.record else None
-    if validation is None:
-        warnings.append("nothing in the image says that the variant was validated against its base")
-    elif validation.verdict != "pass":
-        warnings.append(f"the validation of this variant ended with: {validation.verdict}")
-    if "@sha256:" not in options.runtime_image:
-        warnings.append(f"{options.runtime_image} is not pinned by digest: two pods may run two versions of the server")
-    return tuple(warnings)
+def _warnings(image: ServedImage, options: Options) -> tuple[str, ...]:
+    if options.server_image is None or "@sha256:" in options.server_image:
+        return provenance_warnings(image)
+    loose = f"{options.server_image} is not pinned by digest: two pods may run two versions of the server"
+    return (*provenance_warnings(image), loose)
 
 
 def _auth_key(host: str) -> str:

@@ -16,8 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def render(template: str, **values: Any) -> str:  # noqa: ANN401 - what the template names
-    """Return the template of that name, filled."""
-    return _environment().get_template(template).render(**values)
+    """Return the template of that name, which is the file's without `.j2`, filled."""
+    return _environment().get_template(f"{template}.j2").render(**values)
 
 
 def one_line(text: object) -> str:

@@ -83,7 +83,6 @@ def record_of(model_id: str, size_bytes: int, *, verdict: str | None = "pass", n
             scheme="int4 weights in groups of 128",
             algorithm="gptq",
             calibration=text,
-            seed=0,
             device="cpu",
             versions={},
             untouched=proof,

@@ -37,9 +37,9 @@ _KEPT = ("type", "enum", "pattern", "required", "minimum", "maximum", "minItems"
 
 
 def find(name: str) -> Path | None:
-    """Return a published CRD by its file name: from $GEMMA_PACK_CRDS, or shared/schemas in or beside the checkout."""
+    """Return a published CRD, from $GEMMA_PACK_SCHEMAS or from shared/schemas in or beside the checkout."""
     root = Path(__file__).parents[2]
-    given = os.environ.get("GEMMA_PACK_CRDS")
+    given = os.environ.get("GEMMA_PACK_SCHEMAS")
     places = [Path(given)] if given else [root / "shared/schemas", root.parent / "shared/schemas"]
     return next((place / name for place in places if (place / name).is_file()), None)
 

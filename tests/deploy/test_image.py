@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_pack.deploy.image import MAX_NAME_LENGTH, ServedImage
+from gemma_pack.deploy.image import ServedImage
+from gemma_pack.deploy.options import MAX_NAME_LENGTH
 from gemma_pack.errors import InvalidUsageError
 from tests.deploy.conftest import DIGEST, record_of
 

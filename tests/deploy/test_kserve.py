@@ -1,6 +1,6 @@
 """The KServe bundle: what it says, that the API server would take it, and that nothing can slip into it."""
 
-# ruff: noqa: S106, S108 - names of Secrets, and places inside a container
+# ruff: noqa: S108 - names of Secrets, and places inside a container
 from __future__ import annotations
 
 import copy
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from gemma_pack.deploy.kserve import RUNTIME_IMAGE, STORAGE_SCHEMES, KServeOptions, kserve_bundle
+from gemma_pack.deploy.kserve import RUNTIME_IMAGE, kserve_bundle
+from gemma_pack.deploy.options import STORAGE_SCHEMES, Options
 from gemma_pack.deploy.resources import Demand, plan_resources
-from gemma_pack.errors import InvalidUsageError
 from tests.deploy import crd
 from tests.deploy.conftest import CONFIGS, DIGEST, record_of
 
@@ -34,9 +34,9 @@ KINDS = {
 }
 
 
-def bundle_of(image: ServedImage, *, directory: Path | None = None, gpu_gb: int = 85, **options: Any) -> Bundle:
+def bundle_of(image: ServedImage, *, gpu_gb: int = 85, **options: Any) -> Bundle:
     resources = plan_resources(image, Demand(gpu_memory_bytes=gpu_gb * 10**9))
-    return kserve_bundle(image, resources, KServeOptions(**options), directory)
+    return kserve_bundle(image, resources, Options(**options))
 
 
 def objects(bundle: Bundle) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def refused() -> Callable[[dict[str, Any]], list[str]]:
         if kind not in validators:
             path = crd.find(KINDS[kind][0])
             if path is None:
-                pytest.skip("the published CRDs are not here: set GEMMA_PACK_CRDS to a folder that has them")
+                pytest.skip("the published CRDs are not here: set GEMMA_PACK_SCHEMAS to a folder that has them")
             validators[kind] = crd.validator(path, KINDS[kind][1])
         return [f"{error.json_path}: {error.message}" for error in validators[kind].iter_errors(manifest)]
 
@@ -221,23 +221,6 @@ def test_a_record_cannot_add_to_a_manifest(served: Callable[..., ServedImage], b
     assert "namespace" not in parsed["InferenceService"]["metadata"]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"name": "Gemma"},
-        {"name": "9b"},
-        {"name": "a" * 41},
-        {"name": 'a"\nkind: Pod'},
-        {"pull_secret": "A"},
-        {"pull_secret": "a" * 254},
-        {"runtime_image": "a b"},
-    ],
-)
-def test_names_that_the_api_server_refuses_are_refused_here(options: dict[str, str]) -> None:
-    with pytest.raises(InvalidUsageError, match="is no"):
-        KServeOptions(**options)
-
-
 def test_docker_hub_has_its_own_key_in_a_pull_secret(served: Callable[..., ServedImage]) -> None:
     image = served(reference=f"docker.io/team/gemma@{DIGEST}")
     secret = objects(bundle_of(image, pull_secret="hub"))["Secret"]
@@ -250,7 +233,7 @@ def test_what_was_not_proved_is_said(served: Callable[..., ServedImage]) -> None
     assert "ended with: fail" in bundle_of(failed).warnings[0]
     [unproved] = bundle_of(served(record=None)).warnings
     assert "nothing in the image" in unproved
-    [loose] = bundle_of(served(), runtime_image="docker.io/vllm/vllm-openai:latest").warnings
+    [loose] = bundle_of(served(), server_image="docker.io/vllm/vllm-openai:latest").warnings
     assert "not pinned" in loose
 
 

@@ -1,0 +1,138 @@
+"""`gemma-pack deploy`: what a server needs to serve an image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from gemma_pack.commands.options import registry_options, with_console
+
+if TYPE_CHECKING:
+    from gemma_pack.console import Console
+    from gemma_pack.deploy.image import ServedImage
+
+TARGETS: Final = ("vllm", "rhaiis", "kserve")
+SCHEMES: Final = ("oci", "oci+modelcar", "oci+native", "oci+fetch")
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  gemma-pack deploy quay.io/team/gemma-2-9b-it:w4a16 --target kserve | kubectl apply -f -
+  gemma-pack deploy quay.io/team/gemma-2-9b-it:w4a16 --target rhaiis --max-model-len 4096 -o serving"""
+)
+@click.argument("reference", metavar="REF")
+@click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    required=True,
+    help="vLLM here, Red Hat AI Inference Server with podman, or KServe and OpenShift AI.",
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Directory to make of the files  [default: print them]"
+)
+@click.option("--name", help="What the service and the model are called  [default: from the repository]")
+@click.option("--max-model-len", type=click.IntRange(min=1), help="Longest context in tokens  [default: the model's]")
+@click.option(
+    "--concurrency",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Requests of that length whose KV cache must fit at once.",
+)
+@click.option(
+    "--gpu-memory",
+    type=click.FloatRange(min=1),
+    default=85,
+    show_default=True,
+    metavar="GB",
+    help="Of one GPU, in 10^9 bytes: 24 for L4 and A10G, 48 for L40S, 85 for A100 and H100. A model that does not fit "
+    "is split.",
+)
+@click.option("--server-image", metavar="IMAGE", help="The server's image, for rhaiis and kserve.")
+@click.option(
+    "--storage-scheme",
+    type=click.Choice(SCHEMES),
+    help="How KServe gets at the files  [default: oci, which leaves it to the cluster]",
+)
+@click.option("--pull-secret", metavar="NAME", help="Secret with the registry's login, for kserve.")
+@registry_options
+@with_console
+def command(
+    reference: str,
+    target: str,
+    output: Path | None,
+    name: str | None,
+    max_model_len: int | None,
+    concurrency: int,
+    gpu_memory: float,
+    server_image: str | None,
+    storage_scheme: str | None,
+    pull_secret: str | None,
+    *,
+    plain_http: bool,
+    ca_file: Path | None,
+    console: Console,
+) -> None:
+    """Write what is needed to serve the image REF, pinned by its digest.
+
+    GPUs, memory and disk are computed from the image's record and config. The files go to stdout, the commands that
+    come next to stderr.
+    """
+    from dataclasses import asdict
+
+    from gemma_pack.checkpoint import refuse_existing
+    from gemma_pack.deploy import MAKERS, write_bundle
+    from gemma_pack.deploy.options import Options
+    from gemma_pack.deploy.resources import Demand, plan_resources
+
+    options = Options(
+        name=name,
+        server_image=server_image,
+        storage_scheme=storage_scheme,
+        pull_secret=pull_secret,
+        directory=output,
+    )
+    if output:
+        refuse_existing(output)
+    image = _find(reference, plain_http=plain_http, ca_file=ca_file)
+    demand = Demand(
+        max_model_len=max_model_len, concurrency=concurrency, gpu_memory_bytes=round(gpu_memory * 1_000_000_000)
+    )
+    resources = plan_resources(image, demand)
+    bundle = MAKERS[target](image, resources, options)
+    if output:
+        write_bundle(bundle, output)
+    for warning in bundle.warnings:
+        console.warn(warning)
+    data = {
+        "target": target,
+        "reference": image.reference,
+        "directory": str(output) if output else None,
+        "resources": asdict(resources),
+        "files": {file.name: file.text for file in bundle.files},
+        "steps": bundle.steps,
+    }
+    written = "\n".join(str(output / file.name) for file in bundle.files) if output else ""
+    console.result(data, written or bundle.text.rstrip("\n"))
+    for step in bundle.steps:
+        console.hint(step)
+
+
+def _find(reference: str, *, plain_http: bool, ca_file: Path | None) -> ServedImage:
+    """Ask the registry for the image and pin what it answers."""
+    from gemma_pack.deploy.image import ServedImage
+    from gemma_pack.oci.describe import describe
+    from gemma_pack.oci.reference import parse_reference
+
+    parsed = parse_reference(reference)
+    found = describe(parsed, plain_http=plain_http, ca_file=ca_file)
+    return ServedImage(
+        reference=str(parsed.pinned(found.digest)),
+        tag=parsed.tag,
+        size_bytes=found.size_bytes,
+        record=found.record,
+        config=found.config,
+    )
