@@ -232,18 +232,21 @@ class RegistryClient:
         return digest
 
     @contextmanager
-    def open_blob(self, digest: str, start: int = 0) -> Iterator[BlobStream]:
-        """Open a blob from offset `start` on; the registry may ignore that, and the stream says where it begins.
+    def open_blob(self, digest: str, start: int = 0, end: int | None = None) -> Iterator[BlobStream]:
+        """Open a blob from offset `start` up to `end`; the registry may ignore both: the stream says where it begins.
 
         Raises:
             RegistryError: the repository has no such blob. While reading: AnswerError, where the connection breaks.
         """
-        headers = {"Accept": "*/*"} | ({"Range": f"bytes={start}-"} if start else {})
+        ranged = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
+        headers = {"Accept": "*/*"} | ranged
         url = self._url(f"blobs/{digest}")
-        expected = (200, 206) if start else (200,)
+        expected = (200, 206) if ranged else (200,)
         with self.transport.stream(url, expected=expected, scopes=(self._scope,), headers=headers) as response:
             offset = start if response.status_code == 206 else 0
-            if offset and not response.headers.get("content-range", "").startswith(f"bytes {start}-"):
+            if response.status_code == 206 and not response.headers.get("content-range", "").startswith(
+                f"bytes {start}-"
+            ):
                 raise RegistryError(f"{self.transport.host} sent another range of {digest} than asked for")
             yield BlobStream(offset, self._pieces(response))
 

@@ -21,6 +21,7 @@ from gemma_pack.oci.layers import read_file
 from gemma_pack.oci.layout import Layout, hash_stream
 from gemma_pack.oci.manifest import INDEX_TYPES, MANIFEST_TYPES, Descriptor
 from gemma_pack.oci.reference import Reference, parse_reference, repository_on
+from gemma_pack.oci.source import is_layout
 from gemma_pack.oci.transfer import in_parallel
 from gemma_pack.oci.upload import Blob, Outcome, Uploader
 
@@ -111,11 +112,6 @@ def push(
         mounted_bytes=totals["mounted"],
         seconds=round(time.monotonic() - begin_s, 3),
     )
-
-
-def is_layout(path: Path) -> bool:
-    """Tell an OCI layout from any other directory."""
-    return (path / "oci-layout").is_file()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

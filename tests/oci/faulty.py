@@ -235,10 +235,11 @@ class Handler(BaseHTTPRequestHandler):
         if data is None:
             self.answer(404)
             return
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted and self.command == "GET":
             begin = int(wanted[1])
-            self.answer(206, {"Content-Range": f"bytes {begin}-{len(data) - 1}/{len(data)}"}, data[begin:])
+            end = min(len(data), int(wanted[2] or len(data)) + 1)
+            self.answer(206, {"Content-Range": f"bytes {begin}-{end - 1}/{len(data)}"}, data[begin:end])
         else:
             self.answer(200, {"Docker-Content-Digest": digest}, data)
 

@@ -1,0 +1,317 @@
+"""Pulling: the checkpoint in an image comes to lie in a directory, whole or not at all.
+
+    .NAME.pull/           beside the directory, private: the layers, as `extraction` describes them
+    .NAME.pull/image-HEX/ the checkpoint put together from its layers, in order; it becomes NAME
+    .NAME.pulled.json     which image NAME came from, so that the same command twice does nothing the second time
+
+Weights are written once, where they stay. After an interruption, `kill -9` or a power cut, the same command reads back
+what is there and asks for the rest. The directory itself gets nothing that is not in the image.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gemma_pack.checkpoint import Checkpoint
+from gemma_pack.disk import publish, refuse_existing, require_space, write_atomic
+from gemma_pack.errors import CheckpointError, InvalidUsageError, RegistryError
+from gemma_pack.oci.extraction import LayerExtraction, require_known
+from gemma_pack.oci.source import DEFAULT_PLATFORM, Resolved, open_source, resolve
+from gemma_pack.oci.transfer import in_parallel
+from gemma_pack.oci.transport import AnswerError
+from gemma_pack.oci.upload import PROGRESS_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from gemma_pack.console import Reporter
+    from gemma_pack.oci.manifest import Platform
+    from gemma_pack.oci.reference import Reference
+    from gemma_pack.oci.source import ImageSource
+    from gemma_pack.oci.transport import Retry
+
+_TRIES: Final = 2
+"""Of a layer whose bytes arrive damaged."""
+
+
+class PulledFile(BaseModel):
+    """A file as it was written: enough to see whether it was touched since, without reading it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: str
+    size_bytes: int
+    mtime_ns: int
+
+
+class _Origin(BaseModel):
+    """All of .NAME.pulled.json."""
+
+    model_config = ConfigDict(frozen=True)
+
+    digest: str
+    files: tuple[PulledFile, ...]
+
+
+class PullResult(BaseModel):
+    """A checkpoint from an image, in a directory."""
+
+    model_config = ConfigDict(frozen=True)
+
+    directory: Path
+    reference: str
+    """As it was given: a reference, or the path of a layout."""
+    digest: str
+    """Of what the reference named then, an index or a manifest."""
+    manifest_digest: str
+    """Of the manifest for the platform."""
+    files: int
+    size_bytes: int
+    """Of the files."""
+    downloaded_bytes: int
+    resumed_bytes: int
+    """Read back from an earlier try instead."""
+    seconds: float
+    already_there: bool
+
+
+def pull(
+    image: Path | Reference | str,
+    target: Path,
+    *,
+    platform: Platform = DEFAULT_PLATFORM,
+    plain_http: bool = False,
+    ca_file: Path | None = None,
+    retry: Retry | None = None,
+    reporter: Reporter,
+) -> PullResult:
+    """Bring the checkpoint of an image into the directory `target`.
+
+    Args:
+        image: a reference, or an OCI layout on disk.
+        target: appears whole or not at all; where the same image was pulled before, it stays as it is.
+        platform: whose manifest to read; the checkpoint is the same for all.
+        plain_http: speak HTTP without TLS to a registry that is not on this machine.
+        ca_file: certificates to trust besides the system's.
+        retry: patience with the registry.
+        reporter: hears of progress.
+
+    Raises:
+        InvalidUsageError: something else is at `target`, or the image is not for `platform`.
+        RegistryError: there is no such image, it is damaged, or holds what must not be unpacked.
+        CheckpointError: what the image holds is no whole checkpoint.
+        MachineError: the disk has no room.
+        AccessError: the registry wants a login, or another one.
+        OfflineError: the registry cannot be reached.
+    """
+    begin_s = time.monotonic()
+    target = Path(os.path.abspath(target))  # noqa: PTH100 - without following a link that may be in the way
+    with open_source(image, plain_http=plain_http, ca_file=ca_file, retry=retry) as source:
+        resolved = resolve(source, platform)
+        files = _present(target, resolved.descriptor.digest)
+        already_there = files is not None
+        downloaded = resumed = 0
+        if files is None:
+            refuse_existing(target)
+            with _staging(target) as staging:
+                downloaded, resumed = _fetch(source, resolved, staging, target, reporter)
+                files = _put_together(source, resolved, staging, target)
+    return PullResult(
+        directory=target,
+        reference=source.name,
+        digest=resolved.root.digest,
+        manifest_digest=resolved.descriptor.digest,
+        files=len(files),
+        size_bytes=sum(file.size_bytes for file in files),
+        downloaded_bytes=downloaded,
+        resumed_bytes=resumed,
+        seconds=round(time.monotonic() - begin_s, 3),
+        already_there=already_there,
+    )
+
+
+def _present(target: Path, digest: str) -> tuple[PulledFile, ...] | None:
+    """Return the files of `target` if they came from the manifest `digest` and none was touched since."""
+    try:
+        origin = _Origin.model_validate_json(_origin_path(target).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+    same = origin.digest == digest and all(_is_untouched(target, file) for file in origin.files)
+    return origin.files if same and target.is_dir() else None
+
+
+def _is_untouched(target: Path, file: PulledFile) -> bool:
+    try:
+        found = (target / file.path).stat()
+    except OSError:
+        return False
+    return (found.st_size, found.st_mtime_ns) == (file.size_bytes, file.mtime_ns)
+
+
+def _origin_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.pulled.json")
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """Yield the private directory beside `target`, held against other pulls to the same place; it outlives errors."""
+    staging = target.with_name(f".{target.name}.pull")
+    staging.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (staging / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InvalidUsageError(
+                f"another pull to {target} is under way", hint="wait for it, or choose another directory with -o"
+            ) from error
+        yield staging
+
+
+def _fetch(source: ImageSource, resolved: Resolved, staging: Path, target: Path, reporter: Reporter) -> tuple[int, int]:
+    """Bring every layer into `staging`, and return the bytes downloaded and those read back."""
+    layers = list({layer.digest: layer for layer in resolved.manifest.layers}.values())
+    titles = [f"{source.name}: layer {_printable(layer.title) or layer.digest}" for layer in layers]
+    for layer, title in zip(layers, titles, strict=True):
+        require_known(layer, title)
+    _tidy(staging, resolved)
+    missing = [
+        LayerExtraction(staging, layer, title)
+        for layer, title in zip(layers, titles, strict=True)
+        if not (staging / layer.hex).is_dir()
+    ]
+    missing.sort(key=lambda extraction: -extraction.layer.size_bytes)
+    present = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+    require_space(target, max(0, sum(layer.size_bytes for layer in layers) - present))
+    total = sum(extraction.layer.size_bytes for extraction in missing)
+    with reporter.progress(f"pulling to {target.name}", total, "bytes") as task:
+        jobs = [partial(_fetch_layer, source, extraction, task.advance) for extraction in missing]
+        moved = in_parallel(jobs, source.retry.stop)
+    return sum(downloaded for downloaded, _ in moved), sum(resumed for _, resumed in moved)
+
+
+def _tidy(staging: Path, resolved: Resolved) -> None:
+    """Remove what belongs to another image, whose tag has moved since; keep the layers that both have."""
+    image = _image_path(staging, resolved)
+    wanted = {layer.hex for layer in resolved.manifest.layers}
+    others = [path for path in staging.glob("image-*") if path != image]  # they took files out of their layers
+    for path in staging.iterdir():
+        known = path.name.partition(".")[0] in wanted or path == image
+        if path.is_dir() and (others or not known):
+            shutil.rmtree(path)
+
+
+def _fetch_layer(source: ImageSource, extraction: LayerExtraction, advance: Callable[[int], None]) -> tuple[int, int]:
+    """Bring one layer, once more where its bytes were damaged, and return the bytes downloaded and read back."""
+    downloaded = 0
+    with extraction:
+        resumed = extraction.restore()
+        advance(resumed)
+        for _ in range(_TRIES):
+            try:
+                downloaded += _download(source, extraction, advance)
+                whole = extraction.finish()
+            except AnswerError:
+                raise
+            except RegistryError:  # not for this image to hold: keep nothing of it
+                extraction.discard()
+                raise
+            if whole:
+                return downloaded, resumed
+            advance(-extraction.layer.size_bytes)
+            resumed = 0
+    raise RegistryError(
+        f"{extraction.title} is damaged: its bytes are not those of {extraction.layer.digest}",
+        hint="push the image again; the registry, or something before it, holds a damaged copy",
+    )
+
+
+def _download(source: ImageSource, extraction: LayerExtraction, advance: Callable[[int], None]) -> int:
+    """Ask for what is missing of a layer until it is there, and return its size in bytes."""
+    begin = extraction.offset
+    attempt = 1
+    while extraction.offset < extraction.layer.size_bytes:
+        before = extraction.offset
+        try:
+            _stream(source, extraction, advance)
+        except AnswerError as error:
+            if not error.transient:
+                raise
+            if extraction.offset >= before + PROGRESS_BYTES:
+                attempt = 1
+            source.retry.pause(attempt, error)
+            attempt += 1
+    return extraction.offset - begin
+
+
+def _stream(source: ImageSource, extraction: LayerExtraction, advance: Callable[[int], None]) -> None:
+    """Follow one answer to its end; raise AnswerError where it ends too early."""
+    with source.open_blob(extraction.layer.digest, extraction.offset) as stream:
+        before = extraction.offset - stream.offset  # sent again by a registry that knows no ranges
+        for piece in stream.pieces:
+            if source.retry.stop.is_set():
+                raise AnswerError("stopped, because another part of the transfer failed")
+            fresh = piece[before:]
+            before = max(0, before - len(piece))
+            if fresh:
+                extraction.write(fresh)
+                advance(len(fresh))
+    if extraction.offset < extraction.layer.size_bytes:
+        raise AnswerError(f"{extraction.title} ended after {extraction.offset} bytes")
+
+
+def _printable(title: str | None) -> str:
+    return "".join(c if c.isprintable() else "?" for c in (title or "")[:100])
+
+
+def _image_path(staging: Path, resolved: Resolved) -> Path:
+    return staging / f"image-{resolved.descriptor.hex[:16]}"
+
+
+def _put_together(source: ImageSource, resolved: Resolved, staging: Path, target: Path) -> tuple[PulledFile, ...]:
+    """Lay the layers over one another, check the checkpoint, and give it its name."""
+    image = _image_path(staging, resolved)
+    image.mkdir(exist_ok=True)
+    layers = [layer.hex for layer in resolved.manifest.layers]
+    for hex_digest in reversed(list(dict.fromkeys(reversed(layers)))):  # a layer that occurs twice counts where last
+        _overlay(staging / hex_digest / "files", image, source.name)
+    try:
+        Checkpoint.open(image)
+    except CheckpointError as error:
+        shutil.rmtree(staging)
+        message = error.message.replace(str(image), "/models")
+        raise CheckpointError(f"{source.name} holds no whole checkpoint: {message}", hint=error.hint) from error
+    files = tuple(
+        PulledFile(path=str(path.relative_to(image)), size_bytes=path.stat().st_size, mtime_ns=path.stat().st_mtime_ns)
+        for path in sorted(image.rglob("*"))
+        if path.is_file()
+    )
+    origin = _Origin(digest=resolved.descriptor.digest, files=files)
+    write_atomic(_origin_path(target), origin.model_dump_json(indent=1))
+    publish(image, target)
+    shutil.rmtree(staging)
+    return files
+
+
+def _overlay(layer: Path, image: Path, name: str) -> None:
+    """Move the files of a layer over those of the layers below. A second run finds some moved, and moves the rest."""
+    for folder, subfolders, names in os.walk(layer):
+        below = image / Path(folder).relative_to(layer)
+        try:
+            below.mkdir(exist_ok=True)
+            for file_name in names:
+                (Path(folder) / file_name).replace(below / file_name)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise RegistryError(
+                f"{name} holds {below.relative_to(image)} both as a file and as a directory",
+                hint="build the image again, from one directory",
+            ) from error
+        subfolders.sort()
