@@ -8,9 +8,10 @@ provenance are generated from it, never typed. It holds nothing that differs bet
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Literal
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from gemma_pack import __version__
 from gemma_pack.checkpoint import RECORD_NAME, write_atomic
@@ -21,15 +22,27 @@ if TYPE_CHECKING:
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # a bound or a perplexity may be infinite, for which JSON has no number
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class FileDigest(_Part):
     """One file: its path inside the checkpoint, sha256 in hex and size."""
 
     path: str
-    sha256: str
-    size_bytes: int
+    sha256: Sha256
+    size_bytes: Annotated[int, Field(ge=0)]
+
+    @field_validator("path")
+    @classmethod
+    def _stays_inside(cls, path: str) -> str:
+        """Refuse a path out of the checkpoint: a record may come from a stranger's image."""
+        if not path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            raise ValueError("the path leads out of the checkpoint")
+        return path
 
 
 class SourceRecord(_Part):
@@ -51,7 +64,7 @@ class TextRecord(_Part):
 
     spec: str
     """As given: `builtin`, a file's name, or a hub dataset."""
-    sha256: str
+    sha256: Sha256
     """Of the token ids of all windows, little-endian int32."""
     windows: int
     sequence_length: int
@@ -77,14 +90,14 @@ class UntouchedProof(_Part):
     changed: tuple[str, ...]
     """Names, in the source, of the tensors that the recipe may change; they were replaced by packed forms."""
     untouched: int
-    sha256: str
+    sha256: Sha256
 
 
 class QuantizationRecord(_Part):
     """What was quantized, how, with what, and the proof about the rest."""
 
     recipe: str
-    recipe_sha256: str
+    recipe_sha256: Sha256
     scheme: str
     """In a few words, for people: `int4 weights in groups of 128`."""
     algorithm: str
@@ -115,7 +128,7 @@ class ValidationRecord(_Part):
     """The verdict, the numbers it rests on, and the digest of the whole report."""
 
     verdict: Literal["pass", "fail", "undecided"]
-    report_sha256: str
+    report_sha256: Sha256
     engine: str
     profile: str
     evaluation: TextRecord
@@ -157,6 +170,11 @@ def read_record(directory: Path) -> Record | None:
         return None
     except ValidationError as error:
         first = error.errors()[0]
+        if first["loc"] == ("schema_version",):
+            raise CheckpointError(
+                f"{path} has schema_version {first['input']}, which gemma-pack {__version__} does not know",
+                hint="use the gemma-pack version that wrote it, or a newer one",
+            ) from error
         place = ".".join(map(str, first["loc"])) or "top level"
         raise CheckpointError(
             f"{path} is no valid record: {place}: {first['msg']}",
