@@ -125,8 +125,9 @@ class Console:
     def result(self, data: BaseModel | Mapping[str, Any], text: str) -> None:
         """Print the outcome on stdout: `data` (a pydantic model or a mapping) as JSON, or `text` for people."""
         if self.format == "json":
-            dump = getattr(data, "model_dump_json", None)  # asked by name, so that --help need not import pydantic
-            text = dump(indent=2) if dump else json.dumps(data, indent=2, ensure_ascii=False)
+            from pydantic_core import to_json  # here, because --help need not wait for it
+
+            text = to_json(data, indent=2, inf_nan_mode="strings").decode()  # JSON has no number for infinity
         print(text.translate(_CONTROL), file=self.stdout, flush=True)
 
     def status(self, message: str) -> None:

@@ -86,8 +86,9 @@ def test_json_is_one_document_on_stdout_and_one_a_line_on_stderr():
 
 def test_json_takes_a_mapping_and_keeps_letters_readable():
     program = Streams("json")
-    program.console.result({"name": "größer"}, "unused")
+    program.console.result({"name": "größer", "sizes": [Size(size_bytes=7)], "bound": float("inf")}, "unused")
     assert '"größer"' in program.out
+    assert json.loads(program.out) == {"name": "größer", "sizes": [{"size_bytes": 7}], "bound": "Infinity"}
 
 
 def test_an_error_is_a_sentence_and_its_remedy():

@@ -73,8 +73,8 @@ class _Verbs(click.Group):
     },
     epilog="""\b
 Examples:
-  gemma-pack quantize google/gemma-2-9b-it --recipe w4a16
-  gemma-pack push gemma-2-9b-it-quantized.w4a16 quay.io/team/gemma-2-9b-it:w4a16""",
+  gemma-pack build examples/demo.yaml
+  gemma-pack quantize google/gemma-2-9b-it --recipe w4a16""",
 )
 @click.version_option(__version__, prog_name="gemma-pack")
 def cli() -> None:

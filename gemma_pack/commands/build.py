@@ -24,23 +24,26 @@ Examples:
   gemma-pack build examples/demo.yaml --push registry.example.com/models/gemma-3-270m""",
 )
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--push", "push_to", metavar="REGISTRY/NAME", help="Push there, pull back and compare.")
+@click.option("--push", metavar="REGISTRY/NAME", help="Push there, pull back and compare.")
 @click.option("--plain-http", is_flag=True, help="Speak HTTP to a registry that is not on this machine.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
+)
 @click.option("--offline", is_flag=True, help="Fetch no model and no text from the hub.")
 @with_console
-def command(file: Path, push_to: str | None, device: str, console: Console, *, plain_http: bool, offline: bool) -> None:
-    """Quantize, validate, package and, where asked, push each variant that FILE names.
+def command(file: Path, push: str | None, device: str, console: Console, *, plain_http: bool, offline: bool) -> None:
+    """Run all stages for each recipe that FILE names.
 
-    What an earlier run finished is not done again. A variant that fails its gate does not stop the others;
-    the exit code is then that of the gate: 10 failed, 11 undecided.
+    Each variant is quantized, validated, packaged and, where asked, pushed. What an earlier run finished is not done
+    again. A variant that fails its gate does not stop the others; the exit code is then that of the gate:
+    10 failed, 11 undecided.
     """
     from gemma_pack.commands.validate import raise_verdict
     from gemma_pack.matrix import build_variant, load_build_file
 
     plan = load_build_file(file)
-    if push_to:
-        plan = plan.model_copy(update={"push": push_to})
+    if push:
+        plan = plan.model_copy(update={"push": push})
     built = []
     for recipe in plan.recipes:
         console.status(f"── {recipe} of {plan.model}")

@@ -76,10 +76,10 @@ def command(
     ca_file: Path | None,
     console: Console,
 ) -> None:
-    """Write what is needed to serve the image REF, pinned by its digest.
+    """Write what a server needs to serve an image.
 
-    GPUs, memory and disk are computed from the image's record and config. The files go to stdout, the commands that
-    come next to stderr.
+    It is pinned by its digest. GPUs, memory and disk are computed from the image's record and config. The files go to
+    stdout, the commands that come next to stderr.
     """
     from dataclasses import asdict
 
