@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gemma_pack.errors import InvalidUsageError, RegistryError
+from gemma_pack.errors import RegistryError
 from gemma_pack.report import Report  # noqa: TC001 - pydantic reads the annotation
-from gemma_pack.yaml_file import parse_yaml
+from gemma_pack.yaml_file import parse_yaml, read_text
 
 if TYPE_CHECKING:
     from gemma_pack.console import Reporter
@@ -85,14 +85,8 @@ def load_build_file(path: Path) -> BuildFile:
     Raises:
         InvalidUsageError: it cannot be read, or a line is wrong.
     """
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise InvalidUsageError(f"cannot read {path}: {reason}", hint="examples/demo.yaml is an example") from error
-    return parse_yaml(
-        BuildFile, text, origin=str(path), hint="examples/demo.yaml is an example", error=InvalidUsageError
-    )
+    hint = "examples/demo.yaml is an example"
+    return parse_yaml(BuildFile, read_text(path, hint=hint), origin=str(path), hint=hint)
 
 
 def build_variant(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from gemma_pack.errors import RecipeError
-from gemma_pack.yaml_file import parse_yaml
+from gemma_pack.yaml_file import parse_yaml, read_text
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -201,13 +201,7 @@ def recipe_text(name_or_path: str) -> str:
     """Return the YAML of the shipped recipe of that name, or of the file; raise RecipeError like `load_recipe`."""
     if not _is_path(name_or_path):
         return shipped_text(name_or_path)
-    try:
-        return Path(name_or_path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise RecipeError(
-            f"cannot read the recipe {name_or_path}: {reason}", hint="gemma-pack recipes lists the shipped ones"
-        ) from error
+    return read_text(Path(name_or_path), hint="gemma-pack recipes lists the shipped ones", error=RecipeError)
 
 
 def shipped_text(name: str) -> str:

@@ -15,11 +15,21 @@ from gemma_pack.errors import InvalidUsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 M = TypeVar("M", bound=BaseModel)
 
 _TAG_PREFIX: Final = "tag:yaml.org,2002:"
 _PLAIN_TAGS: Final = frozenset({"str", "int", "float", "bool", "null", "seq", "map"})
+
+
+def read_text(path: Path, *, hint: str, error: type[InvalidUsageError] = InvalidUsageError) -> str:
+    """Return the text of a file that a user named; raise `error` with the reason where it cannot be read."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as cause:
+        reason = cause.strerror if isinstance(cause, OSError) else "it is not UTF-8"
+        raise error(f"cannot read {path}: {reason}", hint=hint) from cause
 
 
 def parse_yaml(

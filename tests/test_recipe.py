@@ -103,7 +103,7 @@ def test_an_unreadable_file_is_said_plainly(tmp_path: Path):
     ):
         with pytest.raises(RecipeError) as caught:
             load_recipe(f"{tmp_path}/{path}")
-        assert caught.value.message.startswith(f"cannot read the recipe {tmp_path}/{path}: {reason}")
+        assert caught.value.message.startswith(f"cannot read {tmp_path / path}: {reason}")
         assert caught.value.hint == "gemma-pack recipes lists the shipped ones"
 
 

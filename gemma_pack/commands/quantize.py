@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,16 +120,15 @@ def _outcome(*, made_now: bool) -> str:
 
 
 def project_model() -> str | None:
-    """Return `model:` of ./gemma-pack.yaml, if there is one."""
-    if not PROJECT_FILE.is_file():
+    """Return `model:` of ./gemma-pack.yaml, if there is one; other keys are left to other tools."""
+    if not os.path.lexists(PROJECT_FILE):
         return None
-    import yaml
+    from pydantic import BaseModel
 
-    try:
-        data = yaml.safe_load(PROJECT_FILE.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise InvalidUsageError(f"{PROJECT_FILE} is not YAML: {error}") from error
-    model = data.get("model") if isinstance(data, dict) else None
-    if model is not None and not isinstance(model, str):
-        raise InvalidUsageError(f"{PROJECT_FILE}: model is not a name but {model!r}")
-    return model
+    from gemma_pack.yaml_file import parse_yaml, read_text
+
+    class Project(BaseModel):
+        model: str | None = None
+
+    hint = f"write `model: {DEFAULT_MODEL}` into it, or name the model on the command line"
+    return parse_yaml(Project, read_text(PROJECT_FILE, hint=hint), origin=str(PROJECT_FILE), hint=hint).model
