@@ -20,7 +20,8 @@ import httpx
 from gemma_pack.errors import RegistryError
 from gemma_pack.oci.image import Document
 from gemma_pack.oci.manifest import INDEX_TYPES, MANIFEST_TYPES, Descriptor, sha256_digest
-from gemma_pack.oci.transport import Answer, AnswerError, Retry, Timeouts, Transport
+from gemma_pack.oci.retry import AnswerError, Retry
+from gemma_pack.oci.transport import Answer, Timeouts, Transport
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -71,7 +72,7 @@ class RegistryClient:
         """Prepare to read, or to write as well, the repository of `reference`. See `Transport` for the others."""
         self.reference = reference
         self.transport = Transport(reference, plain_http=plain_http, ca_file=ca_file, retry=retry, timeouts=timeouts)
-        self.retry = self.transport.retry
+        self.patience = self.transport.patience
         self._scope = f"repository:{reference.repository}:{'pull,push' if writable else 'pull'}"
 
     def __enter__(self) -> Self:

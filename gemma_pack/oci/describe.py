@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from gemma_pack.oci.manifest import Descriptor, Manifest, Platform
     from gemma_pack.oci.reference import Reference
+    from gemma_pack.oci.retry import Retry
     from gemma_pack.oci.source import ImageSource
     from gemma_pack.oci.tar_reader import Member
-    from gemma_pack.oci.transport import Retry
 
 CONFIG_NAME: Final = "config.json"
 WINDOW_BYTES: Final = 64 << 10
@@ -128,7 +128,7 @@ def read_small_files(source: ImageSource, manifest: Manifest, names: Collection[
     for layer in titled or manifest.layers:
         title = f"{source.name}: layer {layer.digest}"
         require_known(layer, title)
-        files |= source.retry.run(partial(_walk, source, layer, title, names))
+        files |= source.patience.run(partial(_walk, source, layer, title, names))
     return files
 
 

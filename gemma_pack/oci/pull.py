@@ -25,9 +25,9 @@ from gemma_pack.checkpoint import Checkpoint
 from gemma_pack.disk import publish, refuse_existing, require_space, write_atomic
 from gemma_pack.errors import CheckpointError, InvalidUsageError, RegistryError
 from gemma_pack.oci.extraction import LayerExtraction, require_known
+from gemma_pack.oci.retry import AnswerError
 from gemma_pack.oci.source import DEFAULT_PLATFORM, Resolved, open_source, resolve
 from gemma_pack.oci.transfer import in_parallel
-from gemma_pack.oci.transport import AnswerError
 from gemma_pack.oci.upload import PROGRESS_BYTES
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from gemma_pack.console import Reporter
     from gemma_pack.oci.manifest import Platform
     from gemma_pack.oci.reference import Reference
+    from gemma_pack.oci.retry import Retry
     from gemma_pack.oci.source import ImageSource
-    from gemma_pack.oci.transport import Retry
 
 _TRIES: Final = 2
 """Of a layer whose bytes arrive damaged."""
@@ -194,7 +194,7 @@ def _fetch(source: ImageSource, resolved: Resolved, staging: Path, target: Path,
     total = sum(extraction.layer.size_bytes for extraction in missing)
     with reporter.progress(f"pulling to {target.name}", total, "bytes") as task:
         jobs = [partial(_fetch_layer, source, extraction, task.advance) for extraction in missing]
-        moved = in_parallel(jobs, source.retry.stop)
+        moved = in_parallel(jobs, source.patience.stop)
     return sum(downloaded for downloaded, _ in moved), sum(resumed for _, resumed in moved)
 
 
@@ -247,7 +247,7 @@ def _download(source: ImageSource, extraction: LayerExtraction, advance: Callabl
                 raise
             if extraction.offset >= before + PROGRESS_BYTES:
                 attempt = 1
-            source.retry.pause(attempt, error)
+            source.patience.pause(attempt, error)
             attempt += 1
     return extraction.offset - begin
 
@@ -257,7 +257,7 @@ def _stream(source: ImageSource, extraction: LayerExtraction, advance: Callable[
     with source.open_blob(extraction.layer.digest, extraction.offset) as stream:
         before = extraction.offset - stream.offset  # sent again by a registry that knows no ranges
         for piece in stream.pieces:
-            if source.retry.stop.is_set():
+            if source.patience.stop.is_set():
                 raise AnswerError("stopped, because another part of the transfer failed")
             fresh = piece[before:]
             before = max(0, before - len(piece))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gemma_pack.console import Reporter
     from gemma_pack.oci.image import ImagePlan
     from gemma_pack.oci.layers import LayerSource
-    from gemma_pack.oci.transport import Retry
+    from gemma_pack.oci.retry import Retry
 
     Job = Callable[[Uploader], tuple[Descriptor, Outcome]]
     """Brings one blob through an uploader."""
@@ -93,7 +93,7 @@ def push(
     ):
         client.ping()
         uploader = Uploader(client, mount_from=repositories, advance=task.advance)
-        moved = in_parallel([partial(job, uploader) for job in upload.jobs], client.retry.stop)
+        moved = in_parallel([partial(job, uploader) for job in upload.jobs], client.patience.stop)
         documents = upload.documents([descriptor.digest for descriptor, _ in moved])
         moved += [_bring_document(uploader, document) for document in documents if not _is_manifest(document)]
         digest = _tag(client, [document for document in documents if _is_manifest(document)])

@@ -18,7 +18,7 @@ from gemma_pack.oci.layers import read_file
 from gemma_pack.oci.layout import Layout
 from gemma_pack.oci.manifest import INDEX_TYPES, MANIFEST_TYPES, Descriptor, Index, Manifest, Platform
 from gemma_pack.oci.reference import Reference, parse_reference
-from gemma_pack.oci.transport import Retry
+from gemma_pack.oci.retry import Patience, Retry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +31,7 @@ DEFAULT_PLATFORM: Final = Platform("linux", "amd64")
 class ImageSource(Protocol):
     """What pulling and describing need of a registry or a layout."""
 
-    retry: Retry
+    patience: Patience
 
     @property
     def name(self) -> str:
@@ -70,7 +70,7 @@ class LayoutSource:
     def __init__(self, directory: Path) -> None:
         """Open the layout; raise RegistryError where it is none."""
         self.layout = Layout.open(directory)
-        self.retry = Retry(attempts=1)
+        self.patience = Patience(Retry(attempts=1))
 
     @property
     def name(self) -> str:

@@ -10,10 +10,6 @@ from __future__ import annotations
 
 import email.utils
 import json
-import os
-import random
-import ssl
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,82 +18,22 @@ from typing import TYPE_CHECKING, Any, Final
 import httpx
 
 from gemma_pack import __version__
-from gemma_pack.errors import InvalidUsageError, OfflineError, RegistryError
+from gemma_pack.errors import OfflineError, RegistryError
 from gemma_pack.oci.auth import Authenticator, Scopes, login_error
 from gemma_pack.oci.credentials import find_credentials
 from gemma_pack.oci.manifest import MAX_DOCUMENT_BYTES
 from gemma_pack.oci.reference import is_loopback
+from gemma_pack.oci.retry import TRANSIENT, AnswerError, Patience, Retry
+from gemma_pack.oci.tls import tls_error, trust, unreachable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
     from pathlib import Path
-    from typing import TypeVar
 
     from gemma_pack.oci.reference import Reference
 
-    T = TypeVar("T")
-
-TRANSIENT: Final = frozenset({408, 429, 500, 502, 503, 504})
 MAX_REDIRECTS: Final = 5
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
-
-
-class AnswerError(RegistryError):
-    """The registry answered with an error; `status` is 0 where the connection broke before an answer."""
-
-    def __init__(
-        self, message: str, *, status: int = 0, hint: str | None = None, retry_after_s: float | None = None
-    ) -> None:
-        """Keep what decides whether, when and how to try again."""
-        super().__init__(message, hint=hint)
-        self.status = status
-        self.retry_after_s = retry_after_s
-        self.final = False
-        """Patience has ended: it was tried often enough."""
-
-    @property
-    def transient(self) -> bool:
-        """Whether the same request may succeed a little later."""
-        return not self.final and (self.status == 0 or self.status in TRANSIENT)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retry:
-    """How often and how patiently to try again: exponential backoff with full jitter, bounded.
-
-    Source: "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
-    """
-
-    attempts: int = 6
-    base_s: float = 0.5
-    cap_s: float = 20.0
-    patience_s: float = 300.0
-    """The longest Retry-After that is waited for."""
-    uniform: Callable[[float, float], float] = random.uniform
-    stop: threading.Event = field(default_factory=threading.Event)
-    """Ends all waiting at once: another thread failed, or the user interrupted."""
-
-    def pause(self, attempt: int, error: AnswerError) -> None:
-        """Wait before the try after `attempt` (1 is the first); raise `error` where no more are left."""
-        asked_s = error.retry_after_s or 0.0
-        error.final = attempt >= self.attempts or asked_s > self.patience_s
-        if error.final:
-            raise error
-        backoff_s = self.uniform(self.base_s / 2, min(self.cap_s, self.base_s * 2**attempt))
-        if self.stop.wait(max(asked_s, backoff_s)):
-            raise error
-
-    def run(self, action: Callable[[], T]) -> T:
-        """Return what `action` returns, trying again after each transient error."""
-        attempt = 1
-        while True:
-            try:
-                return action()
-            except AnswerError as error:
-                if not error.transient:
-                    raise
-                self.pause(attempt, error)
-            attempt += 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,13 +82,13 @@ class Transport:
             InvalidUsageError: `ca_file` holds no certificate.
         """
         self.host = reference.host
-        self.retry = retry or Retry()
+        self.patience = Patience(retry)
         self.timeouts = timeouts or Timeouts()
         plain = plain_http or (reference.is_loopback and ca_file is None)
         self.base = httpx.URL(f"{'http' if plain else 'https'}://{reference.api_host}")
         direct: dict[str, httpx.BaseTransport | None] = {f"all://{self.base.netloc.decode()}": None}
         self._http = httpx.Client(
-            verify=True if plain and ca_file is None else _trust(ca_file),
+            verify=True if plain and ca_file is None else trust(ca_file),
             headers={"User-Agent": f"gemma-pack/{__version__}", "Accept-Encoding": "identity"},
             mounts=direct if reference.is_loopback else None,  # no proxy reaches this machine's own loopback
             limits=httpx.Limits(max_connections=None),
@@ -167,7 +103,7 @@ class Transport:
 
     def close(self) -> None:
         """End all waiting and close all connections."""
-        self.retry.stop.set()
+        self.patience.stop.set()
         self._http.close()
 
     def request(
@@ -204,7 +140,7 @@ class Transport:
             )
             return self._checked(self._read(response), expected)
 
-        return self.retry.run(once)
+        return self.patience.run(once)
 
     def upload(
         self,
@@ -249,7 +185,7 @@ class Transport:
                 self._checked(self._read(response), expected)
             return response
 
-        response = self.retry.run(once)
+        response = self.patience.run(once)
         try:
             yield response
         finally:
@@ -265,7 +201,7 @@ class Transport:
             answer = self._read(self._exchange(request))
             return self._checked(answer, () if answer.status in TRANSIENT else (answer.status,))
 
-        return self.retry.run(once)
+        return self.patience.run(once)
 
     def _authorized(
         self,
@@ -336,9 +272,9 @@ class Transport:
         try:
             response = self._http.send(request, stream=True)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            if self._reached and _tls_error(error) is None:
+            if self._reached and tls_error(error) is None:
                 raise self.broken(error) from error
-            raise _unreachable(request.url, error) from error
+            raise unreachable(request.url, error) from error
         except httpx.ProxyError as error:
             raise OfflineError(f"the proxy refused the way to {request.url.host}: {error}") from error
         except httpx.TransportError as error:
@@ -379,51 +315,6 @@ class Transport:
 
 def _authorization_header(shown: str | None) -> dict[str, str]:
     return {"Authorization": shown} if shown else {}
-
-
-def _trust(ca_file: Path | None) -> ssl.SSLContext:
-    """Trust certifi's roots and what the system trusts (or SSL_CERT_FILE, SSL_CERT_DIR in their place), and `ca_file`.
-
-    A company's own CA is in the system's store, where httpx by itself would not look.
-    """
-    context = httpx.create_ssl_context()
-    if not (os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")):
-        context.load_default_certs()
-    if ca_file is not None:
-        try:
-            context.load_verify_locations(ca_file)
-        except OSError as error:  # ssl.SSLError is one
-            raise InvalidUsageError(
-                f"{ca_file} holds no PEM certificates", hint="pass the CA's .pem or .crt"
-            ) from error
-    return context
-
-
-def _unreachable(url: httpx.URL, error: httpx.TransportError) -> RegistryError | OfflineError:
-    tls = _tls_error(error)
-    if isinstance(tls, ssl.SSLCertVerificationError):
-        return RegistryError(
-            f"{url.host} shows a certificate that is not trusted: {tls.verify_message}",
-            hint="--ca-file names the CA that signed it",
-        )
-    if tls is not None:
-        return RegistryError(
-            f"{url.netloc.decode()} does not speak TLS: {tls.reason or tls}",
-            hint="--plain-http speaks HTTP without encryption",
-        )
-    return OfflineError(
-        f"{url.netloc.decode()} cannot be reached: {str(error) or 'no answer'}",
-        hint="check the name, the network, and HTTPS_PROXY if there is a proxy",
-    )
-
-
-def _tls_error(error: BaseException) -> ssl.SSLError | None:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ssl.SSLError):
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    return None
 
 
 def _reason(answer: Answer) -> str:

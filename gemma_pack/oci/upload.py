@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from gemma_pack.errors import AccessError, RegistryError
 from gemma_pack.oci.auth import login_error
-from gemma_pack.oci.transport import AnswerError
+from gemma_pack.oci.retry import AnswerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -108,7 +108,7 @@ class Uploader:
             RegistryError: it did; that error, not this one, is the one to show.
         """
         for piece in pieces:
-            if self._client.retry.stop.is_set():
+            if self._client.patience.stop.is_set():
                 raise RegistryError(_STOPPED)
             yield piece
 
@@ -146,7 +146,7 @@ class _Sending:
         self.blob = blob
         self.digest = blob.descriptor.digest
         self.size_bytes = blob.descriptor.size_bytes
-        self.body = CheckedBody(blob, advance, stop=client.retry.stop.is_set)
+        self.body = CheckedBody(blob, advance, stop=client.patience.stop.is_set)
         self.chunk_bytes = chunk_bytes
         self.mode: Mode = uploader.mode
         self.refused: set[Mode] = set()
@@ -198,7 +198,7 @@ class _Sending:
         if not error.transient:
             raise error
         self.mode = "chunked"
-        self.client.retry.pause(self.attempt, error)
+        self.client.patience.pause(self.attempt, error)
         self.attempt += 1
         status = self.client.upload_status(session)
         if status is None or not status.offset or status.offset > self.size_bytes:
@@ -220,13 +220,13 @@ class _Sending:
             self.mode = self.uploader.mode = left[0]
             return
         if closing and error.status == 400:  # the bytes were damaged on the way: once more, but not often
-            self.attempt = max(self.attempt, self.client.retry.attempts - 1)
-        elif error.status == 401 and self.attempt >= self.client.retry.attempts:
+            self.attempt = max(self.attempt, self.client.patience.policy.attempts - 1)
+        elif error.status == 401 and self.attempt >= self.client.patience.policy.attempts:
             host = self.client.transport.host
             raise login_error(host, f"{host} lets the login expire before a blob is through") from error
         elif not error.transient and error.status not in _NEW_SESSION:
             raise error
-        self.client.retry.pause(self.attempt, error)
+        self.client.patience.pause(self.attempt, error)
         self.attempt += 1
 
 

@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
-from gemma_pack.oci.transport import Retry
+from gemma_pack.oci.retry import Retry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -348,5 +348,5 @@ class Pauses(threading.Event):
 
 
 def quick(attempts: int = 4) -> Retry:
-    """Return patience that does not wait; its `stop` is a `Pauses`."""
-    return Retry(attempts=attempts, stop=Pauses())
+    """Return a policy without pauses of its own; a Retry-After is still waited for."""
+    return Retry(attempts=attempts, base_s=0.0)

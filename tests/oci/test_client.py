@@ -9,7 +9,7 @@ from gemma_pack.oci import client as client_module
 from gemma_pack.oci.client import RegistryClient
 from gemma_pack.oci.manifest import INDEX_TYPE, MANIFEST_TYPE, sha256_digest
 from gemma_pack.oci.reference import parse_reference
-from gemma_pack.oci.transport import AnswerError
+from gemma_pack.oci.retry import AnswerError
 from tests.oci.faulty import Fault, Faulty, cut_download, quick, say
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ from gemma_pack.oci.manifest import (
 )
 from gemma_pack.oci.pull import pull
 from gemma_pack.oci.push import push
-from gemma_pack.oci.transport import AnswerError
+from gemma_pack.oci.retry import AnswerError
 from tests.oci.faulty import Fault, Faulty, Handler, cut_download, quick, say
 
 if TYPE_CHECKING:

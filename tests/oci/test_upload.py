@@ -9,7 +9,7 @@ from gemma_pack.errors import AccessError, RegistryError
 from gemma_pack.oci.client import RegistryClient
 from gemma_pack.oci.manifest import LAYER_TYPE, describe, sha256_digest
 from gemma_pack.oci.reference import parse_reference
-from gemma_pack.oci.transport import AnswerError
+from gemma_pack.oci.retry import AnswerError
 from gemma_pack.oci.upload import Blob, CheckedBody, Uploader
 from tests.oci.faulty import Fault, Faulty, Handler, cut_upload, quick, say
 
@@ -192,7 +192,7 @@ def test_a_line_that_always_breaks_ends_in_an_error(faulty: Faulty, uploader: Up
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
 def test_a_failing_patch_is_tried_again(faulty: Faulty, uploader: Uploader, moved: Bytes, status: int):
-    faulty.faults = [Fault("PATCH", "", say(status, {"Retry-After": "1"}, b"<html>"), times=2)]
+    faulty.faults = [Fault("PATCH", "", say(status, {"Retry-After": "0"}, b"<html>"), times=2)]
     assert uploader.bring(blob()) == "uploaded"
     assert_whole(faulty, moved)
 
