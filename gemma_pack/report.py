@@ -192,7 +192,7 @@ class PromptParity(_Part):
     variant: str
     tokens: int
     """Tokens of the base's answer, its end token included."""
-    first_divergent: int | None
+    first_divergent: int | None = None
     """Index in the answer of the first token that differs; None when both are the same."""
     near_tie: bool
     """At that token each side's choice is in the other's top 5 and the base was within 0.5 nats of undecided

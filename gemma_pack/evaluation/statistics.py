@@ -117,10 +117,11 @@ def _acceleration(totals: Floats, tokens: Floats) -> float:
 def _bca(means: Floats, value: float, acceleration: float, level: float) -> tuple[float, float]:
     """Return the bounds at `level` and 1 - `level`, corrected for bias z0 and acceleration a."""
     below = float((means < value).mean() + (means == value).mean() / 2)
-    bias = _NORMAL.inv_cdf(min(max(below, 0.5 / len(means)), 1 - 0.5 / len(means)))
-    corrected = []
-    for z in (_NORMAL.inv_cdf(level), _NORMAL.inv_cdf(1 - level)):
-        shifted = bias + z
-        corrected.append(_NORMAL.cdf(bias + shifted / (1 - acceleration * shifted)))
+    smallest = 0.5 / len(means)  # what so many draws can resolve
+    bias = _NORMAL.inv_cdf(min(max(below, smallest), 1 - smallest))
+    z = _NORMAL.inv_cdf(max(level, smallest))
+    corrected = [
+        _NORMAL.cdf(bias + shifted / max(1 - acceleration * shifted, smallest)) for shifted in (bias + z, bias - z)
+    ]
     lower, upper = np.quantile(means, corrected)
     return float(lower), float(upper)

@@ -1,0 +1,82 @@
+"""gemma-pack validate: the table, the exit codes, and a help that tells the truth."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gemma_pack.commands import run
+from gemma_pack.evaluation.profiles import PROFILES
+from gemma_pack.record import Metric
+from tests.reports.reports import make_report
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gemma_pack.report import Report
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """Replace the validation by one that returns the report in this mapping, and keeps what it was asked."""
+    kept: dict[str, object] = {"report": make_report()}
+
+    def validate(directory: Path, target: Path, **options: object) -> Report:
+        kept.update(options, directory=directory, target=target)
+        report: Report = kept["report"]  # type: ignore[assignment]
+        return report
+
+    monkeypatch.setattr("gemma_pack.build.validate_variant", validate)
+    return kept
+
+
+def with_verdict(verdict: str) -> Report:
+    metric = Metric.model_validate(
+        {"name": "kl_nats", "value": 0.06, "bound": 0.07, "margin": 0.05, "verdict": verdict, "unit": "nats"}
+    )
+    return make_report(verdict=verdict, metrics=(metric,), windows_needed=120 if verdict == "undecided" else None)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "code", "words"),
+    [
+        ("pass", 0, ""),
+        ("fail", 10, "error: the variant is worse than its gate allows: mean KL(base‖variant) is 0.0600 nats"),
+        ("undecided", 11, "about 120 windows instead of 32 would decide it"),
+    ],
+)
+def test_the_verdict_is_the_exit_code(
+    given: dict[str, object], capsys: pytest.CaptureFixture[str], verdict: str, code: int, words: str
+) -> None:
+    given["report"] = with_verdict(verdict)
+    assert run(["validate", "variant"]) == code
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert re.search(r"mean KL\(base‖variant\) +0\.0600 nats +≤ 0\.0700 nats +≤ 0\.0500 nats", captured.out)
+    assert f"{verdict.upper()}: variant.report/report.md" in captured.out
+
+
+def test_json_is_the_report(given: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
+    given["report"] = with_verdict("fail")
+    assert run(["validate", "variant", "--format", "json"]) == 10
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["metrics"][0]["verdict"] == "fail"
+    assert json.loads(captured.err)["error"]["exit_code"] == 10
+
+
+def test_options_arrive(given: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GEMMA_PACK_VALIDATE_PROFILE", "full")
+    monkeypatch.setenv("GEMMA_PACK_VALIDATE_REPORT", str(tmp_path))
+    assert run(["validate", "variant", "--text", "a.txt", "--seed", "4", "--against", "demo", "--offline"]) == 0
+    assert given["profile_name"] == "full"
+    assert given["target"] == tmp_path
+    assert (given["text"], given["seed"], given["against"], given["offline"]) == ("a.txt", 4, "demo", True)
+
+
+def test_the_help_states_the_profiles_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["validate", "--help"])
+    found = re.findall(r"(\w+) +(\d+) windows of +(\d+) tokens, +(\d+) prompts", capsys.readouterr().out)
+    assert found == [(p.name, str(p.windows), str(p.sequence_length), str(p.prompts)) for p in PROFILES.values()]

@@ -1,0 +1,140 @@
+"""Scores of tokens against the textbook, and the checks that come before and after."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemma_pack.errors import MachineError, QuantizationError
+from gemma_pack.evaluation import likelihood
+from gemma_pack.evaluation.engines.in_process import load
+from gemma_pack.evaluation.likelihood import check_bos, compare_logits, score
+from tests.evaluation.conftest import noise
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from gemma_pack.console import Console
+    from gemma_pack.texts import Windows
+
+
+def textbook(base: torch.Tensor, variant: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
+    log_p, log_q = base.double().log_softmax(-1), variant.double().log_softmax(-1)
+    at = targets[:, None]
+    return [
+        -log_p.gather(1, at)[:, 0],
+        -log_q.gather(1, at)[:, 0],
+        (log_p.exp() * (log_p - log_q)).sum(-1),
+        (log_q.exp() - log_p.exp()).gather(1, at)[:, 0],
+        base.argmax(-1),
+        variant.argmax(-1),
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), scale=st.floats(0.01, 30), distance=st.floats(0, 30), offset=st.floats(-100, 100))
+def test_scores_are_the_textbooks(seed: int, scale: float, distance: float, offset: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    base = scale * torch.randn(5, 300, generator=generator)
+    variant = base + distance * torch.randn(5, 300, generator=generator) + offset
+    targets = torch.randint(300, (5,), generator=generator)
+    expected = textbook(base, variant, targets)
+    found = compare_logits(base.clone(), variant.clone(), targets)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.double() == pytest.approx(theirs.double(), rel=1e-4, abs=2e-4)
+    assert bool((found[2] >= 0).all())
+
+
+def test_a_distribution_has_no_divergence_from_itself() -> None:
+    logits = torch.randn(8, 1000)
+    nll_base, nll_variant, kl, delta_p, base_top1, variant_top1 = compare_logits(
+        logits.clone(), logits.clone(), torch.arange(8)
+    )
+    assert nll_base == pytest.approx(nll_variant)
+    assert float(kl.max()) < 1e-6
+    assert float(delta_p.abs().max()) < 1e-6
+    assert torch.equal(base_top1, variant_top1)
+
+
+def test_known_answer() -> None:
+    base, variant = torch.log(torch.tensor([[0.5, 0.25, 0.25]])), torch.log(torch.tensor([[0.25, 0.5, 0.25]]))
+    nll_base, nll_variant, kl, delta_p, base_top1, variant_top1 = compare_logits(base, variant, torch.tensor([1]))
+    assert float(kl) == pytest.approx(0.25 * np.log(2))
+    assert (float(nll_base), float(nll_variant)) == pytest.approx((np.log(4), np.log(2)))
+    assert float(delta_p) == pytest.approx(0.25)
+    assert (int(base_top1), int(variant_top1)) == (0, 1)
+
+
+def test_every_token_is_scored_once_and_as_the_model_itself_does(
+    trained: Path, make_variant: Callable[..., Path], evaluation_windows: Windows, reporter: Console
+) -> None:
+    base, variant = load(trained, "base", "cpu"), load(make_variant(noise(0.1)), "variant", "cpu")
+    scores = score(base, variant, evaluation_windows.ids[:5], reporter)
+    ids = torch.from_numpy(evaluation_windows.ids[:5]).long()
+    with torch.inference_mode():
+        logits = [model.module(ids).logits[:, :-1].float().flatten(0, 1) for model in (base, variant)]
+    expected = textbook(*logits, ids[:, 1:].flatten())
+    for ours, theirs in zip(
+        (scores.nll_base, scores.nll_variant, scores.kl_nats, scores.delta_p), expected[:4], strict=True
+    ):
+        assert ours.shape == (5, 63)
+        assert ours.ravel() == pytest.approx(theirs.numpy(), abs=1e-4)
+    assert (scores.base_top1.ravel() == expected[4].numpy()).all()
+    assert (scores.variant_top1.ravel() == expected[5].numpy()).all()
+
+
+def test_chunks_do_not_change_the_scores(
+    trained: Path, evaluation_windows: Windows, reporter: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(trained, "base", "cpu")
+    whole = score(model, model, evaluation_windows.ids[:6], reporter)
+    monkeypatch.setattr(likelihood, "HEAD_TOKENS", 50)
+    monkeypatch.setattr(likelihood, "CACHED_BYTES", 3 * 4 * 512)
+    in_pieces = score(model, model, evaluation_windows.ids[:6], reporter)
+    assert in_pieces.nll_base == pytest.approx(whole.nll_base, abs=0.02)  # bf16 products of another shape
+    assert in_pieces.nll_base.shape == whole.nll_base.shape
+
+
+def test_the_final_soft_cap_is_applied(tiny_checkpoints: Callable[..., Path]) -> None:
+    model = load(tiny_checkpoints("gemma2"), "base", "cpu")
+    ids = torch.randint(10, 500, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        model.module.lm_head.weight.mul_(40)  # far beyond the cap of 30
+        ours = model.finish(model.head(model.hidden(ids)[0]))
+        theirs = model.module(ids).logits[0].float()
+    assert model.attention == "eager"
+    assert float(theirs.abs().max()) > 25
+    assert ours.numpy() == pytest.approx(theirs.numpy(), abs=0.3)  # transformers caps in bf16
+
+
+def test_bos_helps_a_trained_model(trained: Path, evaluation_windows: Windows) -> None:
+    check = check_bos(load(trained, "base", "cpu"), evaluation_windows.ids)
+    assert 1 < check.with_bos < check.without_bos
+
+
+def test_a_base_that_is_no_better_with_bos_stops_everything(trained: Path, evaluation_windows: Windows) -> None:
+    shifted = evaluation_windows.ids.copy()
+    shifted[:, 0], shifted[:, 1] = 300, 2  # as if something stood before <bos>
+    with pytest.raises(MachineError, match="the baseline is broken") as caught:
+        check_bos(load(trained, "base", "cpu"), shifted)
+    assert caught.value.exit_code == 12
+
+
+@pytest.mark.parametrize("role", ["base", "variant"])
+def test_nan_is_a_failure_that_names_model_and_layer(
+    trained: Path, tmp_path: Path, evaluation_windows: Windows, reporter: Console, role: str
+) -> None:
+    shutil.copytree(trained, tmp_path / "broken")
+    sound, broken = load(trained, "base", "cpu"), load(tmp_path / "broken", role, "cpu")
+    with torch.no_grad():
+        broken.module.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    pair = (broken, sound) if role == "base" else (sound, broken)
+    with pytest.raises(QuantizationError, match=rf"the {role} computes NaN .* model.layers.1.mlp.up_proj"):
+        score(*pair, evaluation_windows.ids[:2], reporter)

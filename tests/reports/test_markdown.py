@@ -1,0 +1,101 @@
+"""report.md: the verdict first, every table whole whatever stands in its cells."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gemma_pack.errors import GemmaPackError
+from gemma_pack.record import Metric
+from gemma_pack.report import read_report
+from gemma_pack.reports.markdown import render_markdown, worst_prompts
+from gemma_pack.reports.templating import compact, markdown_cell
+from gemma_pack.reports.writing import write_reports
+from tests.reports.reports import answer, make_report
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NAME = "gemma-2-9b-it-quantized.w4a16"
+
+
+def tables(markdown: str) -> list[list[str]]:
+    """Return the lines of each table."""
+    return [block.split("\n") for block in re.findall(r"(?:^\|.*\n?)+", markdown, re.MULTILINE)]
+
+
+def columns(line: str) -> int:
+    return len(re.findall(r"(?<!\\)\|", line))
+
+
+def test_the_verdict_comes_first() -> None:
+    assert render_markdown(make_report(), NAME).startswith(f"# PASS: {NAME}\n")
+
+
+def test_every_row_has_the_columns_of_its_header() -> None:
+    found = tables(render_markdown(make_report(), NAME))
+    assert len(found) >= 8
+    for lines in found:
+        widths = {columns(line) for line in lines if line}
+        assert len(widths) == 1, lines
+
+
+def test_what_decides_is_said() -> None:
+    metric = Metric(name="same_top1_percent", value=90.5, bound=90.1, margin=91, verdict="fail", unit="%")
+    markdown = render_markdown(make_report(verdict="fail", metrics=(metric,)), NAME)
+    assert "- same first choice is 90.50 %, the margin ≥ 91.00 %" in markdown
+    undecided = metric.model_copy(update={"verdict": "undecided"})
+    markdown = render_markdown(make_report(verdict="undecided", metrics=(undecided,), windows_needed=210), NAME)
+    assert "- about 210 windows instead of 32 would decide it" in markdown
+    markdown = render_markdown(make_report(verdict="undecided", metrics=(undecided,)), NAME)
+    assert "more windows of this text would not decide it" in markdown
+
+
+def test_the_base_is_named_for_what_it_is() -> None:
+    base = make_report().base.model_copy(update={"note": "a dequantized GGUF"})
+    assert "> **About the base:** a dequantized GGUF." in render_markdown(make_report(base=base), NAME)
+
+
+def test_answers_that_differ_most_come_first_and_empty_ones_before_them() -> None:
+    report = make_report()
+    assert [prompt.prompt for prompt in worst_prompts(report)] == [
+        "Name three planets.",
+        "1, 2, 4, 8, 16,",
+        "Why is the sky blue?",
+    ]
+    silent = answer("Say something.", "Gladly.", " ", 0, 0.01)
+    parity = report.parity.model_copy(update={"prompts": (*report.parity.prompts, silent)})
+    assert worst_prompts(make_report(parity=parity))[0] == silent
+
+
+def test_a_cell_stays_a_cell() -> None:
+    assert markdown_cell("a|b\nc`d\\") == "a\\|b⏎c'd\\\\"
+
+
+@pytest.mark.parametrize(
+    ("number", "written"), [(0, "0"), (0.00012345, "1.2e-04"), (-0.0456, "-0.0456"), (12.345, "12.3")]
+)
+def test_numbers_keep_three_digits(number: float, written: str) -> None:
+    assert compact(number) == written
+
+
+def test_a_report_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    report = make_report()
+    write_reports(report, tmp_path / "new" / "report", NAME)
+    assert read_report(tmp_path / "new" / "report" / "report.json") == report
+    assert (tmp_path / "new" / "report" / "report.md").read_text() == render_markdown(report, NAME)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(None, "there is no"), (b"{", "no valid report"), (b'{"schema_version": 2}', "schema_version")],
+)
+def test_a_broken_report_is_a_sentence(tmp_path: Path, content: bytes | None, sentence: str) -> None:
+    path = tmp_path / "report.json"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(GemmaPackError, match=sentence) as caught:
+        read_report(path)
+    assert caught.value.hint
