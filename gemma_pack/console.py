@@ -88,6 +88,10 @@ class _PlainTask:
     done: float = 0
     remark: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
+    begin_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.begin_s = self.last_line_s
 
     def advance(self, amount: float = 1) -> None:
         with self.lock:
@@ -103,7 +107,12 @@ class _PlainTask:
     def write(self) -> None:
         done = _amount(self.done, self.total, self.unit)
         share = f" ({100 * self.done / self.total:.0f} %)" if self.total else ""
-        print(f"{self.label}: {done}{share} {self.remark}".rstrip(), file=self.stream, flush=True)
+        print(f"{self.label}: {done}{share}{self.rate()} {self.remark}".rstrip(), file=self.stream, flush=True)
+
+    def rate(self) -> str:
+        """Write the mean rate so far; nothing for steps, or before a second has passed."""
+        elapsed_s = time.monotonic() - self.begin_s if self.unit == "bytes" else 0.0
+        return f", {format_bytes(self.done / elapsed_s)}/s" if elapsed_s >= 1 else ""
 
 
 class Console:

@@ -168,6 +168,18 @@ def test_plain_progress_counts_bytes_and_bears_an_unknown_total():
     assert human.err.splitlines() == ["copy: 1.50 GB/4.00 GB (38 %)", "read: 2.05 kB"]
 
 
+def test_plain_progress_of_bytes_says_how_fast_they_move(monkeypatch: pytest.MonkeyPatch):
+    clock = iter([0.0, 12.0, 12.0, 30.0])
+    monkeypatch.setattr(console_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    human = Streams()
+    with human.console.progress("copy", 3e9, "bytes") as task:
+        task.advance(3_000_000_000)
+    assert human.err.splitlines() == [
+        "copy: 3.00 GB/3.00 GB (100 %), 250.00 MB/s",
+        "copy: 3.00 GB/3.00 GB (100 %), 100.00 MB/s",
+    ]
+
+
 def test_plain_progress_does_not_claim_that_a_failed_step_ended():
     human = Streams()
     with pytest.raises(MachineError), human.console.progress("copy", 4):
