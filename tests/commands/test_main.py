@@ -320,6 +320,16 @@ def test_a_terminal_that_lacks_a_letter_gets_a_question_mark(tmp_path: Path):
     assert "?.yaml is valid" in ran.stdout
 
 
+def test_a_result_that_finds_no_space_is_12():
+    with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123 - a device, not a path of ours
+        ran = subprocess.run(
+            [sys.executable, "-m", "gemma_pack", "recipes"],
+            check=False, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+        )  # fmt: skip
+    assert ran.returncode == 12
+    assert ran.stderr == ("error: no space left on the disk\nhint: free some space, or choose another place with -o\n")
+
+
 def test_a_reader_that_goes_away_is_no_crash():
     ran = subprocess.run(
         ["bash", "-c", f"{shlex.quote(sys.executable)} -m gemma_pack recipes show w4a16 | true"],
