@@ -13,6 +13,7 @@ import pytest
 
 from gemma_pack.console import Console
 from gemma_pack.errors import CheckpointError, InvalidUsageError, OfflineError, RegistryError
+from gemma_pack.oci.describe import describe
 from gemma_pack.oci.layout import Layout
 from gemma_pack.oci.push import push
 from gemma_pack.oci.transfer import in_parallel
@@ -234,18 +235,45 @@ def test_a_push_killed_at_any_moment_is_finished_by_the_same_command(
     assert inspect(tool("skopeo"), reference)["Digest"] == Layout.open(source).root.digest
 
 
-def test_memory_stays_flat_whatever_the_layer(registry: Registry, random_layout: Callable[..., Path]):
-    source = random_layout(shards=2, size_bytes=64 << 20)
+def test_memory_stays_flat_whatever_the_layer_on_the_way_in_and_out(
+    registry: Registry, random_layout: Callable[..., Path], tmp_path: Path
+):
+    reference = f"{registry.host}/team/gemma:1"
     code = (
         "import pathlib, sys; from gemma_pack.commands import run; code = run(sys.argv[1:]);"
         "print(pathlib.Path('/proc/self/status').read_text(), file=sys.stderr); sys.exit(code)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "push", "--quiet", str(source), f"{registry.host}/team/gemma:1"],
-        check=True, capture_output=True, timeout=120, text=True,
-    )  # fmt: skip
-    (peak_kib,) = (line.split()[1] for line in done.stderr.splitlines() if line.startswith("VmHWM:"))
-    assert int(peak_kib) * 1024 < 100_000_000
+    source = random_layout(shards=2, size_bytes=64 << 20)
+    for arguments in (["push", str(source), reference], ["pull", reference, "-o", str(tmp_path / "pulled")]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments, "--quiet"], check=True, capture_output=True, timeout=120, text=True
+        )
+        (peak_kib,) = (line.split()[1] for line in done.stderr.splitlines() if line.startswith("VmHWM:"))
+        assert int(peak_kib) * 1024 < 100_000_000
+
+
+def test_two_pushes_of_one_tag_at_once_leave_one_whole_image(registry: Registry, random_layout: Callable[..., Path]):
+    layouts = [random_layout(name, size_bytes=4 << 20) for name in ("ours", "theirs")]
+    reference = f"{registry.host}/team/gemma:1"
+    outcomes: list[str] = []
+
+    def attempt(source: Path) -> None:
+        try:
+            outcomes.append(push(source, reference, reporter=QUIET).digest)
+        except RegistryError as error:
+            outcomes.append(error.message)
+
+    threads = [threading.Thread(target=attempt, args=[source]) for source in layouts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    digests = {Layout.open(source).root.digest for source in layouts}
+    assert describe(reference).digest in digests
+    assert len(outcomes) == 2
+    assert all(outcome in digests or "another push moved the tag" in outcome for outcome in outcomes)
+    for digest in digests:  # both are whole under their digests, whichever has the tag
+        assert describe(f"{registry.host}/team/gemma@{digest}").digest == digest
 
 
 def test_the_first_error_stops_the_others_and_is_the_one_raised():
