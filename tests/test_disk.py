@@ -127,7 +127,7 @@ def test_the_directory_we_are_in_is_not_replaced_under_our_feet(tmp_path: Path, 
 
 def test_what_another_process_put_there_meanwhile_wins(tmp_path: Path):
     target = tmp_path / "model"
-    with pytest.raises(InvalidUsageError, match="is in the way"), staged_directory(target) as staging:  # noqa: PT012
+    with pytest.raises(InvalidUsageError, match="is in the way"), staged_directory(target) as staging:  # noqa: PT012 - what is tested
         (staging / "file").write_text("ours", "utf-8")
         target.mkdir()
         (target / "file").write_text("theirs", "utf-8")

@@ -149,7 +149,13 @@ def refine_scales(
 class _Loss:
     """Mean KL(base || tuned) of windows, in nats a token."""
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, windows: Tensor, device: torch.device) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401 - transformers has no type for what each family returns
+        checkpoint: Checkpoint,
+        windows: Tensor,
+        device: torch.device,
+    ) -> None:
         """Run the base, which `model` still is, over all windows once; int64 [windows, tokens]."""
         self.model, self.windows, self.device = model, windows, device
         self.head = model.get_output_embeddings().weight

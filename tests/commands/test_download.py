@@ -9,7 +9,7 @@ import pytest
 from gemma_pack.commands import run
 
 if TYPE_CHECKING:
-    from pytest import CaptureFixture  # noqa: PT013
+    from pytest import CaptureFixture  # noqa: PT013 - a name for annotations only
 
 
 def test_a_directory_is_checked(tiny_checkpoint: Path, capsys: CaptureFixture[str]):

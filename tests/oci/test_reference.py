@@ -108,6 +108,6 @@ def test_loopback(name: str):
     assert is_loopback(name)
 
 
-@pytest.mark.parametrize("name", ["localhost.example.com", "10.0.0.1", "0.0.0.0", "::", "127.0.0.1.nip.io"])  # noqa: S104
+@pytest.mark.parametrize("name", ["localhost.example.com", "10.0.0.1", "0.0.0.0", "::", "127.0.0.1.nip.io"])  # noqa: S104 - read, not bound
 def test_not_loopback(name: str):
     assert not is_loopback(name)

@@ -220,7 +220,7 @@ def test_a_session_that_vanished_before_it_closed_starts_again(faulty: Faulty, u
 
 def test_a_closing_answer_that_is_lost_is_not_a_lost_blob(faulty: Faulty, uploader: Uploader, moved: Bytes):
     def close_silently(request: Handler) -> None:
-        request.wfile = open("/dev/null", "wb")  # noqa: PTH123, SIM115
+        request.wfile = open("/dev/null", "wb")  # noqa: PTH123, SIM115 - the handler closes it
         request._route(request.path.partition("?")[0], {"digest": DIGEST})
         request.hang_up()
 

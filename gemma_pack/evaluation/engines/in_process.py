@@ -124,7 +124,7 @@ class Model:
         found: list[str] = []
 
         def listen(name: str) -> Any:  # noqa: ANN401 - a hook
-            def hook(module: object, arguments: object, output: Any) -> None:  # noqa: ANN401
+            def hook(module: object, arguments: object, output: Any) -> None:  # noqa: ANN401 - whatever a module returns
                 del module, arguments
                 tensor = output[0] if isinstance(output, tuple) else output
                 if not found and isinstance(tensor, torch.Tensor) and not bool(torch.isfinite(tensor).all()):
