@@ -16,7 +16,6 @@ from gemma_pack.errors import CheckpointError, InvalidUsageError, OfflineError, 
 from gemma_pack.oci.describe import describe
 from gemma_pack.oci.layout import Layout
 from gemma_pack.oci.push import push
-from gemma_pack.oci.transfer import in_parallel
 from tests.oci.faulty import Fault, Faulty, Handler, cut_upload, quick, say
 
 if TYPE_CHECKING:
@@ -274,23 +273,3 @@ def test_two_pushes_of_one_tag_at_once_leave_one_whole_image(registry: Registry,
     assert all(outcome in digests or "another push moved the tag" in outcome for outcome in outcomes)
     for digest in digests:  # both are whole under their digests, whichever has the tag
         assert describe(f"{registry.host}/team/gemma@{digest}").digest == digest
-
-
-def test_the_first_error_stops_the_others_and_is_the_one_raised():
-    stop = threading.Event()
-
-    def fail() -> None:
-        raise RegistryError("first")
-
-    def wait() -> None:
-        assert stop.wait(10)
-        raise RegistryError("stopped")
-
-    begin_s = time.monotonic()
-    with pytest.raises(RegistryError, match="first"):
-        in_parallel([wait, fail, wait, wait], stop)
-    assert time.monotonic() - begin_s < 5
-
-
-def test_results_come_in_order():
-    assert in_parallel([lambda: (time.sleep(0.05), 1)[1], lambda: 2, lambda: 3], threading.Event()) == [1, 2, 3]
