@@ -12,18 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from gemma_pack.disk import refuse_existing, require_space, staged_directory, write_atomic
 from gemma_pack.errors import CheckpointError
-from gemma_pack.safetensors_file import DTYPE_BITS, READ_BYTES, TensorInfo, read_header, write_safetensors
+from gemma_pack.safetensors_file import READ_BYTES, TensorInfo, read_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
-
-__all__ = [
-    "DTYPE_BITS", "INDEX_NAME", "READ_BYTES", "RECORD_NAME", "SINGLE_NAME", "TOKENIZER_FILES", "Checkpoint",
-    "TensorInfo", "file_sha256", "read_header", "read_json", "refuse_existing", "require_space", "staged_directory",
-    "write_atomic", "write_index", "write_safetensors",
-]  # fmt: skip
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"

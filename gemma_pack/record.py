@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from gemma_pack import __version__
-from gemma_pack.checkpoint import RECORD_NAME, write_atomic
+from gemma_pack.checkpoint import RECORD_NAME
+from gemma_pack.disk import write_atomic
 from gemma_pack.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers fill the cores between them; torch threads that spin for each other's results would slow all of them.
     os.environ["OMP_NUM_THREADS"] = "1"
 
-from gemma_pack.checkpoint import TensorInfo, read_header, write_index, write_safetensors
+from gemma_pack.checkpoint import write_index
+from gemma_pack.safetensors_file import TensorInfo, read_header, write_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -9,17 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import safetensors
 
-from gemma_pack.checkpoint import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    Checkpoint,
-    file_sha256,
-    read_header,
-    read_json,
-    write_index,
-    write_safetensors,
-)
+from gemma_pack.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, file_sha256, read_json, write_index
 from gemma_pack.errors import CheckpointError
+from gemma_pack.safetensors_file import read_header, write_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -83,10 +83,10 @@ def command(
     """
     from dataclasses import asdict
 
-    from gemma_pack.checkpoint import refuse_existing
     from gemma_pack.deploy import MAKERS, write_bundle
     from gemma_pack.deploy.options import Options
     from gemma_pack.deploy.resources import Demand, plan_resources
+    from gemma_pack.disk import refuse_existing
 
     options = Options(
         name=name,

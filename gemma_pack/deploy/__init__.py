@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from gemma_pack.checkpoint import staged_directory
 from gemma_pack.deploy.kserve import kserve_bundle
 from gemma_pack.deploy.rhaiis import rhaiis_bundle
 from gemma_pack.deploy.vllm import vllm_bundle
+from gemma_pack.disk import staged_directory
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import safetensors.torch
 from safetensors import SafetensorError
 
-from gemma_pack.checkpoint import write_atomic
+from gemma_pack.disk import write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

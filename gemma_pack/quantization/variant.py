@@ -9,19 +9,13 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from gemma_pack.checkpoint import (
-    Checkpoint,
-    TensorInfo,
-    read_header,
-    refuse_existing,
-    staged_directory,
-    write_index,
-    write_safetensors,
-)
+from gemma_pack.checkpoint import Checkpoint, write_index
+from gemma_pack.disk import refuse_existing, staged_directory
 from gemma_pack.errors import CheckpointError, RecipeError
 from gemma_pack.gemma import decoder_linears, decoder_prefix, require_supported
 from gemma_pack.quantization.untouched import prove_untouched
 from gemma_pack.record import QuantizationRecord, Record, RefinementRecord, read_record
+from gemma_pack.safetensors_file import TensorInfo, read_header, write_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

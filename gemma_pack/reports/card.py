@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from gemma_pack.checkpoint import read_json, write_atomic
+from gemma_pack.checkpoint import read_json
+from gemma_pack.disk import write_atomic
 from gemma_pack.errors import CheckpointError
 from gemma_pack.record import require_record
 from gemma_pack.reports import wording

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from gemma_pack.checkpoint import write_atomic
+from gemma_pack.disk import write_atomic
 from gemma_pack.report import REPORT_NAME
 from gemma_pack.reports.markdown import render_markdown
 

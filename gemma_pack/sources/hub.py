@@ -28,13 +28,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]  # not in its __all__
 
 from gemma_pack import __version__
-from gemma_pack.checkpoint import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    Checkpoint,
-    file_sha256,
-    read_json,
-)
+from gemma_pack.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, file_sha256, read_json
 from gemma_pack.disk import publish, refuse_existing, require_space
 from gemma_pack.errors import AccessError, CheckpointError, InvalidUsageError, OfflineError, SourceError
 from gemma_pack.gemma import require_supported

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gemma_pack.checkpoint import write_safetensors
 from gemma_pack.commands import run
 from gemma_pack.recipe import shipped_text
+from gemma_pack.safetensors_file import write_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
