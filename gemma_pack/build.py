@@ -55,6 +55,8 @@ def quantize_model(
     from gemma_pack.texts import load_windows
 
     recipe = load_recipe(recipe_name)
+    if device == "cuda":
+        resolve_device(device)  # before gigabytes are fetched for nothing
     source = obtain(model, revision=revision, output=None, offline=offline, reporter=reporter)
     calibration = choice.applied_to(recipe.calibration) if recipe.calibration else None
     refinement = recipe.refinement
@@ -153,6 +155,8 @@ def validate_variant(
     record = require_record(directory)
     recipe = gate_recipe(directory, record, recipe_name)
     model, revision = base_of(record) if against is None else (against, None)
+    if device == "cuda":
+        resolve_device(device)  # before gigabytes are fetched for nothing
     source = obtain(model, revision=revision, output=None, offline=offline, reporter=reporter)
     profile = PROFILES[profile_name]
     windows = load_windows(

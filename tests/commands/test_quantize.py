@@ -228,6 +228,17 @@ def test_numbers_that_make_no_sense(option: str, value: str, capsys: pytest.Capt
     assert f"'{option}'" in error
 
 
+def test_a_gpu_that_is_not_there_is_missed_before_anything_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, error, hint = failure(capsys, "google/tiny", "-r", "w4a16", "--device", "cuda")
+    assert (code, hint) == (12, "leave out --device cuda to use the CPU")
+    assert "CUDA" in error
+
+
 def test_a_calibration_file_with_nothing_in_it(work: Path, tiny: Path, capsys: pytest.CaptureFixture[str]):
     from tests.tiny import write_tokenizer
 
