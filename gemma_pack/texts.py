@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -37,7 +37,8 @@ BUILTIN: Final = "builtin"
 PROSE_CHARACTERS: Final = 16 << 20
 """Prose is read up to here, or to 16 characters for each token asked for if that is more, so that windows can be
 drawn from all over a corpus of ordinary size, and one of any size stays within memory."""
-_HUB_SPEC: Final = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
+_HUB_SPEC: Final = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w.-]+))?")
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _HUB_TIMEOUT_S: Final = 20.0
 
 
@@ -79,7 +80,7 @@ def load_windows(
         AccessError: a hub dataset is gated or private.
         CheckpointError: the tokenizer is missing or has no <bos>.
     """
-    text = _open_text(spec, purpose, split=split, offline=offline)
+    text = _open_text(spec, purpose, split=split, offline=offline, reporter=reporter)
     encode = _Encoder(tokenizer)
     wanted = samples * (sequence_length - 1)
     if isinstance(text, _Chats):
@@ -156,7 +157,7 @@ def builtin_halves() -> tuple[list[str], list[str]]:
     return calibration, evaluation
 
 
-def _open_text(spec: str, purpose: Purpose, *, split: str, offline: bool) -> _Prose | _Chats:
+def _open_text(spec: str, purpose: Purpose, *, split: str, offline: bool, reporter: Reporter | None) -> _Prose | _Chats:
     if spec == BUILTIN:
         return _Prose(BUILTIN, builtin_halves()[0 if purpose == "calibration" else 1])
     path = Path(spec).expanduser()
@@ -166,10 +167,12 @@ def _open_text(spec: str, purpose: Purpose, *, split: str, offline: bool) -> _Pr
     if match is None:
         raise TextError(
             f"there is no text named {spec}",
-            hint="a text is builtin, a .txt or .jsonl file, or a hub dataset as owner/name or owner/name:config",
+            hint="a text is builtin, a .txt or .jsonl file, or a hub dataset as owner/name[:config][@revision]",
         )
+    if reporter:
+        reporter.status(f"opening the dataset {spec}")
     option = "--calibration builtin" if purpose == "calibration" else "--text builtin"
-    return _open_dataset(match["name"], match["config"], split, offline=offline, instead=option)
+    return _open_dataset(_HubSpec(match["name"], match["config"], match["revision"]), split, offline, instead=option)
 
 
 def _open_file(path: Path) -> _Prose | _Chats:
@@ -214,44 +217,65 @@ def _is_message(message: object) -> bool:
     return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
-def _open_dataset(name: str, config: str | None, split: str, *, offline: bool, instead: str) -> _Prose | _Chats:
-    """Open a hub dataset at the revision that the hub names now, or from the cache without the network."""
+@dataclass(frozen=True, slots=True)
+class _HubSpec:
+    name: str
+    config: str | None
+    revision: str | None
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}:{self.config}" if self.config else self.name
+
+
+def _open_dataset(spec: _HubSpec, split: str, offline: bool, *, instead: str) -> _Prose | _Chats:  # noqa: FBT001
+    """Open a hub dataset at a commit: of the revision asked for, else the one that the hub or the cache has now."""
     import datasets
     from datasets.exceptions import DatasetsError
 
-    revision = None if offline or datasets.config.HF_HUB_OFFLINE else _hub_revision(name, instead)
-    title = f"{name}:{config}" if config else name
+    datasets.disable_progress_bars()
+    offline = offline or datasets.config.HF_HUB_OFFLINE
+    commit = None if offline else _hub_commit(spec, instead)
     try:
-        if revision:
-            dataset = datasets.load_dataset(name, config, split=split, revision=revision)
-        else:
-            with _hub_offline():
-                dataset = datasets.load_dataset(name, config, split=split)
+        with _hub_offline() if offline else nullcontext():
+            dataset = datasets.load_dataset(spec.name, spec.config, split=split, revision=commit)
     except ConnectionError as error:
         raise OfflineError(
-            f"the dataset {title} is out of reach and not in the cache", hint=f"use {instead}"
+            f"the dataset {spec.title} is out of reach and not in the cache", hint=f"use {instead}"
         ) from error
     except (DatasetsError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise TextError(f"the dataset {title} cannot be loaded: {reason}", hint=f"or use {instead}") from error
-    origin = f"{title}@{revision}" if revision else title
+        raise TextError(f"the dataset {spec.title} cannot be loaded: {reason}", hint=f"or use {instead}") from error
+    commit = commit or _cached_commit(dataset)
+    if offline and spec.revision not in {None, commit}:
+        raise OfflineError(
+            f"the cache has {spec.title} at {commit}, not at {spec.revision}", hint=f"go online, or use {instead}"
+        )
+    origin = f"{spec.title}@{commit}" if commit else spec.title
     if "messages" in dataset.column_names:
         return _Chats(origin, dataset, "messages")
     if "text" in dataset.column_names:
         return _Prose(origin, (row["text"] for row in dataset))
     columns = ", ".join(dataset.column_names)
-    raise TextError(f"the dataset {title} has neither a text nor a messages column; it has {columns}")
+    raise TextError(f"the dataset {spec.title} has neither a text nor a messages column; it has {columns}")
 
 
-def _hub_revision(name: str, instead: str) -> str:
-    """Return the commit that the hub names for the dataset now."""
+def _cached_commit(dataset: Any) -> str | None:  # noqa: ANN401 - a datasets.Dataset
+    """Return the commit that a cached dataset was built from: the name of the directory that `datasets` puts it in."""
+    names = {Path(file["filename"]).parent.name for file in dataset.cache_files}
+    return next((name for name in names if _COMMIT.fullmatch(name)), None)
+
+
+def _hub_commit(spec: _HubSpec, instead: str) -> str:
+    """Return the commit that the hub names now for the revision of the dataset."""
     import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
+    name = spec.name
     page = f"https://huggingface.co/datasets/{name}"
     try:
-        revision = HfApi().dataset_info(name, timeout=_HUB_TIMEOUT_S).sha
+        commit = HfApi().dataset_info(name, revision=spec.revision, timeout=_HUB_TIMEOUT_S).sha
     except GatedRepoError as error:
         raise AccessError(
             f"the dataset {name} is gated", hint=f"accept its terms at {page}, then run: hf auth login"
@@ -262,9 +286,9 @@ def _hub_revision(name: str, instead: str) -> str:
         ) from error
     except (httpx.HTTPError, HfHubHTTPError, ConnectionError) as error:
         raise OfflineError(f"the dataset {name} is out of reach: {error}", hint=f"use {instead}") from error
-    if not revision:
-        raise TextError(f"the hub names no revision of the dataset {name}", hint=f"use {instead}")
-    return revision
+    if not commit:
+        raise TextError(f"the hub names no commit of the dataset {name}", hint=f"use {instead}")
+    return commit
 
 
 @contextmanager

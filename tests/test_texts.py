@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from gemma_pack.errors import CheckpointError, OfflineError, TextError
 from gemma_pack.texts import builtin_halves, load_windows
+from tests.dataset_hub import COMMIT, DatasetHub
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 TEMPLATE = (
@@ -220,6 +222,75 @@ def test_a_dataset_out_of_reach_names_the_remedy_and_is_not_swapped(
         )  # fmt: skip
     assert remedy in (caught.value.hint or "")
     assert caught.value.exit_code == 14
+
+
+LOADING = """
+import sys
+from pathlib import Path
+from gemma_pack.errors import GemmaPackError
+from gemma_pack.texts import load_windows
+try:
+    windows = load_windows(sys.argv[2], "evaluation", Path(sys.argv[1]), samples=4, sequence_length=64, seed=0,
+                           split="test", offline=sys.argv[3] == "offline")
+    print(windows.record.model_dump_json())
+except GemmaPackError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.fixture
+def load(tokenizer: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return a function that loads a dataset in a process of its own, whose hub is at `url`: it reads that once."""
+
+    def run(url: str, spec: str, network: str = "online") -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+        environment.pop("HF_HUB_OFFLINE", None)
+        return subprocess.run(
+            [sys.executable, "-c", LOADING, str(tokenizer), spec, network],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return run
+
+
+def test_a_dataset_is_pinned_to_the_hubs_commit_and_found_again_offline(
+    load: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    rows = "\n".join(json.dumps({"text": f"Line {i} of a text that the hub has."}) for i in range(100))
+    with DatasetHub("someone/corpus", {"test.jsonl": rows.encode(), "README.md": b"# A corpus\n"}) as url:
+        fetched = load(url, "someone/corpus")
+    assert fetched.returncode == 0, fetched.stderr
+    assert json.loads(fetched.stdout)["spec"] == f"someone/corpus@{COMMIT}"
+    assert load(url, "someone/corpus", "offline").stdout == fetched.stdout
+    assert load(url, f"someone/corpus@{COMMIT}", "offline").stdout == fetched.stdout
+    other = load(url, f"someone/corpus@{'e' * 40}", "offline")
+    assert other.returncode == 14
+    assert f"the cache has someone/corpus at {COMMIT}" in other.stdout
+
+
+def test_a_dataset_with_other_columns_is_refused(load: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    with DatasetHub("someone/table", {"test.jsonl": b'{"a": 1, "b": 2}'}) as url:
+        refused = load(url, "someone/table")
+    assert refused.returncode == 1
+    assert "neither a text nor a messages column; it has a, b" in refused.stdout
+
+
+def test_a_gated_dataset_exits_13(load: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    with DatasetHub("someone/secret", {}, gated=True) as url:
+        refused = load(url, "someone/secret")
+    assert refused.returncode == 13, refused.stderr
+    assert "is gated" in refused.stdout
+
+
+def test_a_hub_that_does_not_answer_exits_14(load: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    with DatasetHub("someone/corpus", {}) as url:
+        pass
+    assert load(url, "someone/corpus").returncode == 14
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
