@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from gemma_pack.deploy.image import ServedImage
-from gemma_pack.deploy.resources import Demand, Resources, plan_resources
-from gemma_pack.deploy.server import server_arguments
+from gemma_pack.deploy.options import Options
+from gemma_pack.deploy.resources import Demand, plan_resources
+from gemma_pack.deploy.vllm import vllm_bundle
 from gemma_pack.record import read_record
 from tests.real.vllm_server import VllmServer, serving
 
@@ -44,8 +46,8 @@ def served_directory(demo_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def planned(served_directory: Path) -> Resources:
-    """Return what `deploy` says about serving that directory with a context of MAX_MODEL_LEN tokens."""
+def deployed(served_directory: Path) -> dict[str, str]:
+    """Return the files of `deploy --target vllm` for that directory by name, for contexts of MAX_MODEL_LEN tokens."""
     image = ServedImage(
         reference=f"localhost/served@sha256:{'0' * 64}",
         tag=None,
@@ -53,14 +55,17 @@ def planned(served_directory: Path) -> Resources:
         record=read_record(served_directory),
         config=json.loads((served_directory / "config.json").read_text("utf-8")),
     )
-    return plan_resources(image, Demand(max_model_len=MAX_MODEL_LEN))
+    resources = plan_resources(image, Demand(max_model_len=MAX_MODEL_LEN))
+    return {file.name: file.text for file in vllm_bundle(image, resources, Options(name="gemma")).files}
 
 
 @pytest.fixture(scope="session")
 def vllm_server(
-    served_directory: Path, planned: Resources, vllm_python: Path, tmp_path_factory: pytest.TempPathFactory
+    served_directory: Path, deployed: dict[str, str], vllm_python: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VllmServer]:
-    """Return vLLM's server with that directory loaded, started with the options that `deploy` writes."""
+    """Return vLLM's server with that directory loaded, started with the options that `deploy` wrote."""
     log = tmp_path_factory.mktemp("vllm") / "server.log"
-    with serving(served_directory, server_arguments("gemma", planned), python=vllm_python, log=log) as server:
+    [line] = [line for line in deployed["serve.sh"].replace("\\\n", " ").splitlines() if "vllm serve" in line]
+    arguments = shlex.split(line)[4:]  # after: exec vllm serve "$directory"
+    with serving(served_directory, arguments, python=vllm_python, log=log) as server:
         yield server

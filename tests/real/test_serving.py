@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from typing import TYPE_CHECKING
 
 import httpx
@@ -11,7 +12,7 @@ import pytest
 
 from gemma_pack.gemma import kv_cache_bytes
 from tests.real.conftest import MAX_MODEL_LEN
-from tests.real.vllm_server import KV_CACHE_BYTES, MAX_BATCHED_TOKENS
+from tests.real.vllm_server import KV_CACHE_BYTES, MAX_BATCHED_TOKENS, START_SECONDS, server_environment
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +29,16 @@ def test_the_greedy_answer_is_not_empty_and_always_the_same(vllm_server: VllmSer
     assert first["text"].strip()
     assert first["text"] == second["text"]
     assert first["finish_reason"] == "length"
+
+
+def test_the_answer_streams_and_is_the_same(vllm_server: VllmServer) -> None:
+    body = {"model": vllm_server.model, "prompt": PROMPT, "temperature": 0, "max_tokens": 16, "stream": True}
+    with httpx.stream("POST", f"{vllm_server.base_url}/v1/completions", json=body, timeout=120) as answer:
+        events = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert events.pop() == "[DONE]"
+    pieces = [json.loads(event)["choices"][0]["text"] for event in events]
+    assert len(pieces) > 4
+    assert "".join(pieces) == vllm_server.complete(PROMPT)["choices"][0]["text"]
 
 
 def test_the_model_understands_the_prompt(vllm_server: VllmServer) -> None:
@@ -59,3 +70,23 @@ def test_the_kv_cache_is_what_we_count(vllm_server: VllmServer, served_directory
     assert float(fitting) == pytest.approx(ours, rel=0.03)
     naive = KV_CACHE_BYTES / kv_cache_bytes(config, MAX_MODEL_LEN)
     assert naive > 1.2 * float(fitting)  # what a count of windows alone would promise
+
+
+def test_the_script_of_the_deployment_asks_in_process(
+    deployed: dict[str, str], served_directory: Path, vllm_python: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "generate.py").write_text(deployed["generate.py"], "utf-8")
+    eager = {"VLLM_USE_AOT_COMPILE": "0", "TORCHDYNAMO_DISABLE": "1"}  # compiling would take minutes
+    variables = {**server_environment(vllm_python), **eager, "MODEL_DIRECTORY": str(served_directory)}
+    finished = subprocess.run(
+        [vllm_python, "generate.py"],
+        cwd=tmp_path,
+        env=variables,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=2 * START_SECONDS,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    said = [line for line in finished.stdout.splitlines() if "INFO" not in line and "WARNING" not in line]
+    assert "".join(said).strip()

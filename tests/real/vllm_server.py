@@ -75,11 +75,11 @@ def serving(directory: Path, arguments: list[str], *, python: Path, log: Path) -
     started = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [str(python), "-m", "vllm.entrypoints.openai.api_server", *_arguments(directory, port), *arguments],
+            [str(python), "-m", "vllm.entrypoints.openai.api_server", *arguments, *_arguments(directory, port)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=_environment(python),
+            env=server_environment(python),
             start_new_session=True,  # its own process group, so that its children can be stopped with it
         )
     try:
@@ -96,14 +96,14 @@ def _arguments(directory: Path, port: int) -> list[str]:
         f"--model={directory}",
         "--host=127.0.0.1",
         f"--port={port}",
-        "--dtype=bfloat16",
         "--enforce-eager",  # compiling would take minutes
         "--max-num-seqs=2",
         f"--max-num-batched-tokens={MAX_BATCHED_TOKENS}",
     ]
 
 
-def _environment(python: Path) -> dict[str, str]:
+def server_environment(python: Path) -> dict[str, str]:
+    """Return variables for a vLLM that asks nothing of a network and keeps what it learns beside its Python."""
     kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     return kept | {
         "DO_NOT_TRACK": "1",
