@@ -5,22 +5,28 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 from gemma_pack.deploy.image import ServedImage
 from gemma_pack.deploy.options import Options
 from gemma_pack.deploy.resources import Demand, plan_resources
 from gemma_pack.deploy.vllm import vllm_bundle
 from gemma_pack.record import read_record
+from tests.oci.registry import running_registry
 from tests.real.vllm_server import VllmServer, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 MAX_MODEL_LEN = 16384
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -39,10 +45,70 @@ def vllm_python() -> Path:
     pytest.skip(missing)
 
 
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What `gemma-pack build` made of the demo model and pushed to a registry that still runs."""
+
+    work: Path
+    environment: dict[str, str]
+    arguments: tuple[str, ...]
+    stdout: str
+
+    @property
+    def variant(self) -> dict[str, Any]:
+        """Return the one variant of the result."""
+        [variant] = json.loads(self.stdout)["variants"]
+        return dict(variant)
+
+    @property
+    def directory(self) -> Path:
+        """Return the variant's directory."""
+        return self.work / self.variant["directory"]
+
+    def gemma_pack(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run the command line where the build ran."""
+        command = [sys.executable, "-m", "gemma_pack", *arguments]
+        done = subprocess.run(
+            command, cwd=self.work, env=self.environment, capture_output=True, text=True, check=False, timeout=1200
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    def run_again(self) -> subprocess.CompletedProcess[str]:
+        """Run the same build once more."""
+        return self.gemma_pack(*self.arguments)
+
+
 @pytest.fixture(scope="session")
-def served_directory(demo_checkpoint: Path) -> Path:
-    """Return the directory that the server loads."""
-    return demo_checkpoint
+def demo_build(
+    demo_checkpoint: Path, tool: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Built]:
+    """Build examples/demo.yaml as it stands and push the variant to a registry on loopback."""
+    work = tmp_path_factory.mktemp("build")
+    (work / "registry").mkdir()
+    (work / "no-logins").mkdir()
+    example = yaml.safe_load((REPOSITORY / "examples/demo.yaml").read_text("utf-8"))
+    # the checkpoint that the session has made already; its record still says that it is the demo's
+    (work / "demo.yaml").write_text(yaml.safe_dump({**example, "model": str(demo_checkpoint)}), "utf-8")
+    with running_registry(tool("docker-registry"), work / "registry") as registry:
+        arguments = ("build", "demo.yaml", "--push", f"{registry.host}/gemma-3-270m", "--offline", "--format", "json")
+        environment = {**os.environ, "DOCKER_CONFIG": str(work / "no-logins"), "OMP_WAIT_POLICY": "PASSIVE"}
+        environment.pop("REGISTRY_AUTH_FILE", None)
+        built = Built(work, environment, arguments, stdout="")
+        yield replace(built, stdout=built.run_again().stdout)
+
+
+@pytest.fixture(scope="session")
+def pulled_variant(demo_build: Built) -> Path:
+    """Return what `pull` wrote of the pushed variant."""
+    demo_build.gemma_pack("pull", demo_build.variant["pinned"], "-o", "pulled")
+    return demo_build.work / "pulled"
+
+
+@pytest.fixture(scope="session")
+def served_directory(pulled_variant: Path) -> Path:
+    """Return the directory that the server loads: straight from what `pull` wrote."""
+    return pulled_variant
 
 
 @pytest.fixture(scope="session")
