@@ -69,6 +69,11 @@ class ImageDescription:
     config: Mapping[str, Any]
     """The checkpoint's config.json."""
 
+    @property
+    def is_artifact(self) -> bool:
+        """Whether its layers are raw files, for ilab and ModelPack, and not the tars of a modelcar."""
+        return all(_is_raw(layer.media_type) for layer in self.layers)
+
 
 def describe(
     image: Path | Reference | str,
@@ -117,6 +122,8 @@ def describe(
 def read_small_files(source: ImageSource, manifest: Manifest, names: Collection[str]) -> dict[str, bytes]:
     """Return those of the files `names`, paths below /models, that an image holds, without fetching its weights.
 
+    In an artifact of raw files each is a layer of its own, found by its title.
+
     A layer of up to 4 MiB, where `gemma-pack package` puts them, is read whole and checked against its digest. In a
     larger one, as a build with a single COPY makes, the files are what the registry sent.
 
@@ -127,6 +134,10 @@ def read_small_files(source: ImageSource, manifest: Manifest, names: Collection[
     files: dict[str, bytes] = {}
     for layer in titled or manifest.layers:
         title = f"{source.name}: layer {layer.digest}"
+        if _is_raw(layer.media_type):
+            if layer.title in names:
+                files[str(layer.title)] = source.patience.run(partial(_read_raw, source, layer, title))
+            continue
         require_known(layer, title)
         files |= source.patience.run(partial(_walk, source, layer, title, names))
     return files
@@ -182,10 +193,26 @@ def _walk(source: ImageSource, layer: Descriptor, title: str, names: Collection[
     return (_walk_gzip if layer.media_type in GZIP_TYPES else _walk_plain)(source, layer, picker)
 
 
-def _walk_whole(source: ImageSource, layer: Descriptor, picker: _Picker) -> dict[str, bytes]:
+def _is_raw(media_type: str) -> bool:
+    """Whether a layer is a file as it is (ModelPack, model-spec: `…weight.v1.raw`, `…doc.v1.raw`)."""
+    return media_type.endswith(".raw")
+
+
+def _read_raw(source: ImageSource, layer: Descriptor, origin: str) -> bytes:
+    if layer.size_bytes > MAX_SMALL_BYTES:
+        raise RegistryError(f"{origin} holds a {layer.title} of {layer.size_bytes} bytes, 4 MiB at most")
+    return _read_whole(source, layer, origin)
+
+
+def _read_whole(source: ImageSource, layer: Descriptor, origin: str) -> bytes:
     data = _read(source, layer, 0, layer.size_bytes)
     if sha256_digest(data) != layer.digest:
-        raise RegistryError(f"{picker.reader.origin} is damaged: its bytes have another digest", hint="push it again")
+        raise RegistryError(f"{origin} is damaged: its bytes have another digest", hint="push it again")
+    return data
+
+
+def _walk_whole(source: ImageSource, layer: Descriptor, picker: _Picker) -> dict[str, bytes]:
+    data = _read_whole(source, layer, picker.reader.origin)
     gunzip = Gunzip(layer.size_bytes, picker.reader.origin) if layer.media_type in GZIP_TYPES else None
     for piece in gunzip.feed(data) if gunzip else (data,):
         picker.follow(piece)

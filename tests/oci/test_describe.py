@@ -173,3 +173,25 @@ def test_what_is_not_there_is_an_error(tmp_path: Path, free_port: int, faulty: F
         describe(f"127.0.0.1:{free_port}/a/b:1")
     with pytest.raises(RegistryError, match="has no image a/b under 1"):
         describe(f"{faulty.host}/a/b:1")
+
+
+def test_an_artifact_of_raw_files_is_described_by_its_titles(recorded: Path, registry: Registry, tmp_path: Path):
+    directory = tmp_path / "model"  # what `recorded` was packaged from
+    layout = package(directory, tmp_path / "raw.oci", kind="artifact", reporter=QUIET).layout
+    result = push(layout, f"{registry.host}/team/raw:1", reporter=QUIET)
+    for image in (layout, result.reference):
+        found = describe(image)
+        assert found.is_artifact
+        assert found.record == quantized_record()
+        assert found.config["model_type"] == "gemma3_text"
+    assert not describe(recorded).is_artifact
+
+
+def test_a_raw_file_that_is_not_what_its_digest_says_is_refused(faulty: Faulty, recorded: Path, tmp_path: Path):
+    del recorded
+    layout = package(tmp_path / "model", tmp_path / "raw.oci", kind="artifact", reporter=QUIET).layout
+    push(layout, f"{faulty.host}/a/b:1", reporter=QUIET)
+    (layer,) = (one for one in Layout.open(layout).manifests()[0][1].layers if one.title == "config.json")
+    faulty.blobs["a/b", layer.digest] = b" " + faulty.blobs["a/b", layer.digest][1:]
+    with pytest.raises(RegistryError, match="damaged"):
+        describe(f"{faulty.host}/a/b:1", retry=quick())
