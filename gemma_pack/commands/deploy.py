@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gemma_pack.console import Console
     from gemma_pack.deploy.image import ServedImage
 
-TARGETS: Final = ("vllm", "rhaiis", "kserve")
+TARGETS: Final = ("vllm", "rhaiis", "rhelai", "kserve")
 SCHEMES: Final = ("oci", "oci+modelcar", "oci+native", "oci+fetch")
 
 
@@ -28,7 +28,7 @@ Examples:
     "--target",
     type=click.Choice(TARGETS),
     required=True,
-    help="vLLM here, Red Hat AI Inference Server with podman, or KServe and OpenShift AI.",
+    help="vLLM here, Red Hat AI Inference Server with podman, RHEL AI with ilab, or KServe and OpenShift AI.",
 )
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Directory to make of the files  [default: print them]"
@@ -135,4 +135,5 @@ def _find(reference: str, *, plain_http: bool, ca_file: Path | None) -> ServedIm
         size_bytes=found.size_bytes,
         record=found.record,
         config=found.config,
+        is_artifact=found.is_artifact,
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from gemma_pack.deploy.kserve import kserve_bundle
 from gemma_pack.deploy.rhaiis import rhaiis_bundle
+from gemma_pack.deploy.rhelai import rhelai_bundle
 from gemma_pack.deploy.vllm import vllm_bundle
 from gemma_pack.disk import staged_directory
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from gemma_pack.deploy.bundle import Bundle
 
-MAKERS: Final = {"vllm": vllm_bundle, "rhaiis": rhaiis_bundle, "kserve": kserve_bundle}
+MAKERS: Final = {"vllm": vllm_bundle, "rhaiis": rhaiis_bundle, "rhelai": rhelai_bundle, "kserve": kserve_bundle}
 """By target: what makes its bundle of an image, its resources and the user's options."""
 
 

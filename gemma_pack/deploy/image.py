@@ -27,6 +27,7 @@ class ServedImage:
         size_bytes: of all layers, as a node pulls them.
         record: gemma-pack.json of the variant; None for an image that something else made.
         config: config.json of the variant.
+        is_artifact: whether it holds raw files, which ilab reads, and not a modelcar's file system.
     """
 
     reference: str
@@ -34,6 +35,7 @@ class ServedImage:
     size_bytes: int
     record: Record | None
     config: Mapping[str, Any]
+    is_artifact: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what is not pinned."""
@@ -65,6 +67,14 @@ class ServedImage:
     def answers_chat(self) -> bool:
         """Whether the model is instruction-tuned, by Google's suffix `-it`, and so has a chat template."""
         return self.record is not None and re.search(r"-it\b", self.record.source.model_id) is not None
+
+    def require_modelcar(self) -> None:
+        """Raise InvalidUsageError if it has no file system to mount or unpack."""
+        if self.is_artifact:
+            raise InvalidUsageError(
+                f"{self.reference} is an artifact of raw files, which only rhelai serves",
+                hint="deploy the modelcar: gemma-pack push DIR REF makes and pushes one",
+            )
 
     def describe(self) -> list[str]:
         """Return what a reader of a manifest wants to know about the weights, a sentence a line."""

@@ -31,6 +31,7 @@ RUNTIME_IMAGE: Final = (
 
 def kserve_bundle(image: ServedImage, resources: Resources, options: Options) -> Bundle:
     """Return the manifests that serve `image` in a cluster."""
+    image.require_modelcar()
     name = options.name or image.name
     files = [
         BundleFile(name="serving-runtime.yaml", text=_serving_runtime(name, resources, options)),

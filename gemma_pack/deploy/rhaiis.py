@@ -27,6 +27,7 @@ SERVER_IMAGE: Final = "registry.redhat.io/rhaii/vllm-cuda-rhel9:3.4.0"
 def rhaiis_bundle(image: ServedImage, resources: Resources, options: Options) -> Bundle:
     """Return a run script and a quadlet that serve `image`."""
     options.refuse_for("rhaiis", "storage_scheme", "pull_secret")
+    image.require_modelcar()
     name = options.name or image.name
     server_image = options.server_image or SERVER_IMAGE
     values = {

@@ -17,14 +17,13 @@ PROMPT: Final = "Write me a poem about Machine Learning."
 
 def server_arguments(name: str, resources: Resources) -> list[str]:
     """Return the options of `vllm serve` that belong to one variant; `name` is what clients call it."""
-    arguments = [
-        f"--served-model-name={name}",
-        f"--max-model-len={resources.max_model_len}",
-        f"--gpu-memory-utilization={GPU_MEMORY_UTILIZATION}",
-    ]
-    if resources.gpus > 1:
-        arguments.append(f"--tensor-parallel-size={resources.gpus}")
-    return arguments
+    split = [f"--tensor-parallel-size={resources.gpus}"] if resources.gpus > 1 else []
+    return [f"--served-model-name={name}", *engine_arguments(resources), *split]
+
+
+def engine_arguments(resources: Resources) -> list[str]:
+    """Return those of the options that say how much memory and context the engine takes."""
+    return [f"--max-model-len={resources.max_model_len}", f"--gpu-memory-utilization={GPU_MEMORY_UTILIZATION}"]
 
 
 def curl_command(image: ServedImage, name: str, base_url: str) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def vllm_bundle(image: ServedImage, resources: Resources, options: Options) -> Bundle:
     """Return a shell script and a Python script that serve `image` with an installed vLLM."""
     options.refuse_for("vllm", "server_image", "storage_scheme", "pull_secret")
+    image.require_modelcar()
     name = options.name or image.name
     serve = render(
         "vllm/serve.sh",

@@ -18,6 +18,7 @@ from gemma_pack.console import Console
 from gemma_pack.deploy import MAKERS
 from gemma_pack.deploy.options import STORAGE_SCHEMES
 from gemma_pack.deploy.resources import GPU_MEMORY_BYTES
+from gemma_pack.oci.package import package
 from gemma_pack.oci.push import push
 from tests.deploy.conftest import CONFIGS, record_of
 
@@ -64,7 +65,7 @@ def test_a_pinned_reference_gives_the_same_but_for_the_tag(pushed: Any, capsys: 
     assert by_tag.replace(" (tag 1.0 when this was written)", "") == by_digest
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["vllm", "rhaiis", "kserve"])
 def test_every_target_prints_and_writes_the_same_files(
     pushed: Any, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +137,20 @@ def test_a_variant_that_was_not_validated_is_deployed_with_a_warning(
     captured = capsys.readouterr()
     assert captured.err == "warning: nothing in the image says that the variant was validated against its base\n"
     assert "vllm serve" in captured.out
+
+
+def test_rhelai_takes_the_artifact_and_the_others_the_modelcar(
+    registry: Registry, raw_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"config.json": json.dumps(CONFIGS["gemma-3-270m"]), "generation_config.json": '{"a": 1}'}
+    directory = raw_checkpoint("gemma", files=files)
+    record_of("google/gemma-3-270m", 307_000_000).write(directory)
+    layout = package(directory, directory.with_suffix(".oci"), kind="artifact", reporter=Console("quiet")).layout
+    reference = push(layout, f"{registry.host}/team/gemma:raw", reporter=Console("quiet")).reference
+    assert run(["deploy", reference, "--target", "kserve"]) == 2
+    assert "an artifact of raw files" in capsys.readouterr().err
+    assert run(["deploy", reference, "--target", "rhelai"]) == 2  # found and read; only its port stands in the way
+    assert f"ilab takes {registry.host} for a tag" in capsys.readouterr().err
 
 
 def test_options_come_from_variables(

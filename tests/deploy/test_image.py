@@ -74,3 +74,9 @@ def test_the_description_says_what_the_base_is(served: Callable[..., ServedImage
         "Validation: none",
     ]
     assert served(record=None).describe()[-1] == "The image carries no record of its origin."
+
+
+def test_an_artifact_has_no_file_system(served: Callable[..., ServedImage]) -> None:
+    served().require_modelcar()
+    with pytest.raises(InvalidUsageError, match="artifact of raw files"):
+        served(is_artifact=True).require_modelcar()
