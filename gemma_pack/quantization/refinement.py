@@ -239,7 +239,9 @@ class _Tuning:
 
 def _load(checkpoint: Checkpoint, device: torch.device) -> Any:  # noqa: ANN401 - a transformers model
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint.directory,
         dtype=torch.bfloat16,

@@ -122,7 +122,6 @@ def _round(job: Job, ignored: set[str], journal: Journal, reporter: Reporter) ->
     from gemma_pack.quantization.refinement import refine_scales
     from gemma_pack.quantization.streamed import quantize_streamed
 
-    _silence_libraries()
     device = torch.device(job.device)
     if job.windows is None:
         quantize_streamed(job.base, job.recipe, ignored=ignored, device=device, journal=journal, reporter=reporter)
@@ -144,16 +143,6 @@ def _round(job: Job, ignored: set[str], journal: Journal, reporter: Reporter) ->
         held_out_kl_after_nats=tuned.kl_after_nats,
     )
     return _Rounded(list(tensors.values()), refinement)
-
-
-def _silence_libraries() -> None:
-    """Keep bars and log lines of the libraries below off the terminal: what matters goes through the reporter."""
-    from loguru import logger
-    from transformers.utils import logging
-
-    logger.disable("llmcompressor")
-    logger.disable("compressed_tensors")
-    logging.disable_progress_bar()
 
 
 def ignored_modules(checkpoint: Checkpoint, recipe: Recipe) -> set[str]:
