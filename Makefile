@@ -16,7 +16,7 @@ help:
 	@echo "make demo    quantize, validate and package a real Gemma 3 270M (REGISTRY=host:port/name pushes it too)"
 	@echo "make test    everything that proves it: check, then the tests, a real server included"
 	@echo "make check   lint, format, types, import rules"
-	@echo "make bench   measure against llm-compressor's one-shot run and other peers; takes about an hour"
+	@echo "make bench   measure against llm-compressor's one-shot run on the same windows (Debian; about ten minutes)"
 	@echo "make clean   remove the environments and what demo made"
 
 demo: install
@@ -71,7 +71,7 @@ format: dev
 	$(BIN)/ruff format .
 
 bench: dev
-	$(BIN)/python bench/run.py
+	$(BIN)/python bench/quality.py build/bench
 
 clean:
 	rm -rf $(VENV) .venv-vllm demo
