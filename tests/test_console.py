@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import threading
+import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -187,15 +188,23 @@ def test_plain_progress_does_not_claim_that_a_failed_step_ended():
     assert human.err == ""
 
 
+class SlowAmount(float):
+    """One, that takes its time to be added, so that threads meet in the middle of it."""
+
+    def __radd__(self, other: float) -> float:
+        time.sleep(0.001)
+        return other + 1.0
+
+
 def test_plain_progress_counts_what_threads_do():
     human = Streams()
-    with human.console.progress("copy", 40_000) as task:
-        threads = [threading.Thread(target=lambda: [task.advance() for _ in range(10_000)]) for _ in range(4)]
+    with human.console.progress("copy", 40) as task:
+        threads = [threading.Thread(target=lambda: [task.advance(SlowAmount(1)) for _ in range(10)]) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert human.err == "copy: 40000/40000 (100 %)\n"
+    assert human.err == "copy: 40/40 (100 %)\n"
 
 
 @pytest.mark.parametrize("output_format", ["json", "quiet"])

@@ -85,11 +85,11 @@ def test_each_mistake_has_its_line(text: str, message: str):
 
 
 def test_all_mistakes_are_reported_in_the_order_of_their_lines():
-    text = "parts:\n  - count: none\nshare: a lot\nhalf: 1\nname: a\n"
+    text = "half: 1\nshare: a lot\nparts:\n  - count: none\nname: a\n"
     assert [line.split(": ")[:2] for line in refusal(text).splitlines()] == [
-        ["a.yaml:2", "parts.0.count"],
-        ["a.yaml:3", "share"],
-        ["a.yaml:4", "half"],
+        ["a.yaml:1", "half"],
+        ["a.yaml:2", "share"],
+        ["a.yaml:4", "parts.0.count"],
     ]
 
 
