@@ -63,7 +63,8 @@ def command(
       quick   32 windows of  512 tokens,  16 prompts: a verdict
       full   256 windows of 1024 tokens, 128 prompts: a surer one
 
-    Writes report.json and report.md, and the verdict into gemma-pack.json and README.md of the variant.
+    Writes report.json, report.html, report.md and junit.xml, and the verdict into gemma-pack.json and README.md of
+    the variant.
 
     \b
     Exit codes: 0 pass, 10 the gate failed, 11 undecided: more windows are needed.
@@ -86,18 +87,18 @@ def command(
         reporter=console,
     )
     shown = table(wording.rows(outcome.metrics), header=wording.HEADER)
-    console.result(outcome, f"{shown}\n\n{wording.VERDICT_WORDS[outcome.verdict]}: {target / 'report.md'}")
+    console.result(outcome, f"{shown}\n\n{wording.VERDICT_WORDS[outcome.verdict]}: {target / 'report.html'}")
     raise_verdict(outcome, target)
 
 
 def raise_verdict(report: Report, target: Path) -> None:
-    """Raise GateFailedError or GateUndecidedError for a report that is no pass; `target` holds its report.md."""
+    """Raise GateFailedError or GateUndecidedError for a report that is no pass; `target` holds the report."""
     from gemma_pack.errors import GateFailedError, GateUndecidedError
     from gemma_pack.reports.wording import reasons
 
     why = "; ".join(reasons(report))
     if report.verdict == "fail":
-        raise GateFailedError(f"the variant is worse than its gate allows: {why}", hint=f"see {target / 'report.md'}")
+        raise GateFailedError(f"the variant is worse than its gate allows: {why}", hint=f"see {target / 'report.html'}")
     if report.verdict == "undecided":
         raise GateUndecidedError(
             f"the evidence is too small for a verdict: {why}",

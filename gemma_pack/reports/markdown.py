@@ -8,28 +8,32 @@ from gemma_pack.reports import wording
 from gemma_pack.reports.templating import template
 
 if TYPE_CHECKING:
-    from gemma_pack.report import PromptParity, Report
+    from gemma_pack.report import Estimate, PromptParity, Report
 
 WORST_PROMPTS: Final = 5
 
 
 def render_markdown(report: Report, name: str) -> str:
     """Return report.md for the variant called `name`."""
-    estimates = (
-        ("ln(perplexity ratio)", report.likelihood.ln_ratio),
-        ("mean KL, nats", report.divergence.kl_nats),
-        ("same first choice, share", report.divergence.same_top1),
-    )
     return template("report.md.j2").render(
         report=report,
         name=name,
         header=wording.HEADER,
         rows=wording.rows(report.metrics),
         reasons=wording.reasons(report),
-        estimates=estimates,
+        estimates=estimates(report),
         identical=sum(prompt.first_divergent is None for prompt in report.parity.prompts),
         worst_prompts=worst_prompts(report),
     )
+
+
+def estimates(report: Report) -> list[tuple[str, Estimate]]:
+    """Return the means whose certainty the report shows, with their labels."""
+    return [
+        ("ln(perplexity ratio)", report.likelihood.ln_ratio),
+        ("mean KL, nats", report.divergence.kl_nats),
+        ("same first choice, share", report.divergence.same_top1),
+    ]
 
 
 def worst_prompts(report: Report) -> list[PromptParity]:

@@ -24,7 +24,13 @@ def template(name: str) -> Template:
     environment.filters["size"] = format_bytes
     environment.filters["cell"] = markdown_cell
     environment.filters["compact"] = compact
+    environment.filters["visible"] = visible
     return environment.get_template(name)
+
+
+def visible(text: str) -> str:
+    """Return a token with its white space drawn: `␣` and `⏎`."""
+    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
 
 
 def compact(number: float) -> str:

@@ -63,6 +63,12 @@ def margin(metric: Metric) -> str:
     return "" if metric.margin is None else _relation(metric) + _number(metric, metric.margin)
 
 
+def is_higher_better(metric: Metric) -> bool:
+    """Say whether more of it is better, so that its margin is a lower limit."""
+    wording = WORDINGS.get(metric.name)
+    return wording is not None and wording.higher_is_better
+
+
 def rows(metrics: tuple[Metric, ...]) -> list[list[str]]:
     """Return a table's cells: measure, value, bound, margin, verdict."""
     return [[label(m), value(m), bound(m), margin(m), VERDICT_WORDS[m.verdict]] for m in metrics]
@@ -93,8 +99,7 @@ HEADER: Final = ("measure", "value", "95 % bound", "margin", "verdict")
 
 
 def _relation(metric: Metric) -> str:
-    wording = WORDINGS.get(metric.name)
-    return "≥ " if wording and wording.higher_is_better else "≤ "
+    return "≥ " if is_higher_better(metric) else "≤ "
 
 
 def _number(metric: Metric, number: float) -> str:

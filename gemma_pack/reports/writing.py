@@ -1,4 +1,4 @@
-"""Writes a report into its directory: report.json, and report.md rendered from it."""
+"""Writes a report into its directory: report.json, and all that is rendered from it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Final
 
 from gemma_pack.disk import write_atomic
 from gemma_pack.report import REPORT_NAME
+from gemma_pack.reports.html import render_html
+from gemma_pack.reports.junit import render_junit
 from gemma_pack.reports.markdown import render_markdown
 
 if TYPE_CHECKING:
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from gemma_pack.report import Report
 
 MARKDOWN_NAME: Final = "report.md"
+HTML_NAME: Final = "report.html"
+JUNIT_NAME: Final = "junit.xml"
 
 
 def write_reports(report: Report, directory: Path, name: str) -> None:
@@ -23,4 +27,6 @@ def write_reports(report: Report, directory: Path, name: str) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / MARKDOWN_NAME, render_markdown(report, name))
+    write_atomic(directory / HTML_NAME, render_html(report, name))
+    write_atomic(directory / JUNIT_NAME, render_junit(report, name))
     write_atomic(directory / REPORT_NAME, report.encode())

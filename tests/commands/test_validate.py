@@ -56,7 +56,7 @@ def test_the_verdict_is_the_exit_code(
     captured = capsys.readouterr()
     assert words in captured.err
     assert re.search(r"mean KL\(base‖variant\) +0\.0600 nats +≤ 0\.0700 nats +≤ 0\.0500 nats", captured.out)
-    assert f"{verdict.upper()}: variant.report/report.md" in captured.out
+    assert f"{verdict.upper()}: variant.report/report.html" in captured.out
 
 
 def test_json_is_the_report(given: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,42 @@
+"""junit.xml: a test case for each row of the gate, as CI systems show them.
+
+A row that failed is a failure, an undecided one an error: neither lets a pipeline go on, and they read differently.
+The format is what Jenkins, GitLab and GitHub's reporters agree on: https://github.com/testmoapp/junitxml.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree as ET
+
+from gemma_pack.reports import wording
+
+if TYPE_CHECKING:
+    from gemma_pack.report import Report
+
+
+def render_junit(report: Report, name: str) -> str:
+    """Return junit.xml for the variant called `name`."""
+    judged = [metric for metric in report.metrics if metric.verdict != "not judged"]
+    counts = {
+        "tests": len(judged),
+        "failures": sum(metric.verdict == "fail" for metric in judged),
+        "errors": sum(metric.verdict == "undecided" for metric in judged),
+    }
+    attributes = {key: str(value) for key, value in counts.items()}
+    root = ET.Element("testsuites", {"name": "gemma-pack validate", **attributes})
+    suite = ET.SubElement(root, "testsuite", {"name": name, **attributes})
+    for metric in judged:
+        case = ET.SubElement(suite, "testcase", {"classname": name, "name": wording.label(metric)})
+        cells = (
+            f"value {wording.value(metric)}, bound {wording.bound(metric) or 'none'}, margin {wording.margin(metric)}"
+        )
+        if metric.verdict == "pass":
+            ET.SubElement(case, "system-out").text = cells
+        else:
+            kind = "failure" if metric.verdict == "fail" else "error"
+            ET.SubElement(case, kind, {"message": cells, "type": metric.verdict}).text = "\n".join(
+                wording.reasons(report)
+            )
+    ET.indent(root)
+    return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
