@@ -17,11 +17,9 @@ if TYPE_CHECKING:
 
 def render_html(report: Report, name: str) -> str:
     """Return the page about the variant called `name`."""
-    from markupsafe import Markup
-
     divergence = report.divergence
     rows = [
-        (metric, cells, Markup(charts.gauge(metric, higher_is_better=wording.is_higher_better(metric))))  # noqa: S704
+        (metric, cells, charts.gauge(metric, higher_is_better=wording.is_higher_better(metric)))
         for metric, cells in zip(report.metrics, wording.rows(report.metrics), strict=True)
     ]
     return template("report.html.j2").render(
@@ -31,8 +29,8 @@ def render_html(report: Report, name: str) -> str:
         reasons=wording.reasons(report),
         header=wording.HEADER,
         rows=rows,
-        histogram=Markup(charts.histogram(divergence.histogram, divergence.kl_nats.value)),  # noqa: S704 - escaped there
-        positions=Markup(charts.positions(divergence.by_position)),  # noqa: S704 - escaped there
+        histogram=charts.histogram(divergence.histogram, divergence.kl_nats.value),
+        positions=charts.positions(divergence.by_position),
         identical=sum(prompt.first_divergent is None for prompt in report.parity.prompts),
         answers=[(prompt, *_parted(prompt.base, prompt.variant)) for prompt in worst_prompts(report)],
         estimates=estimates(report),

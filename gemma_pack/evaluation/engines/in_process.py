@@ -19,7 +19,7 @@ from gemma_pack.errors import CheckpointError, MachineError, QuantizationError
 from gemma_pack.gemma import attention_implementation, require_bfloat16
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
     from torch import Tensor
@@ -215,7 +215,7 @@ def _end_tokens(module: Any) -> frozenset[int]:  # noqa: ANN401 - a transformers
 
 
 @contextlib.contextmanager
-def _without_bars() -> Any:  # noqa: ANN401 - a generator
+def _without_bars() -> Iterator[None]:
     """Keep the bars that transformers and compressed-tensors draw on stderr while loading out of our output."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield
