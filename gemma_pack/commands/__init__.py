@@ -31,6 +31,7 @@ VERBS: Final[tuple[str, ...]] = (
     "pull",
     "deploy",
     "build",
+    "doctor",
 )
 """In the order of the work. Each is a module here, with the click command in a variable `command`."""
 

@@ -59,6 +59,20 @@ def find_credentials(reference: Reference, environ: Mapping[str, str] | None = N
     return None
 
 
+def stored_hosts(environ: Mapping[str, str]) -> list[str]:
+    """Return the registries, or parts of them, that the files know a login or a helper for, sorted.
+
+    Raises:
+        AccessError: a file is broken.
+    """
+    hosts: set[str] = set()
+    for path in config_files(environ):
+        config = _read(path, "HOST")
+        for section in ("auths", "credHelpers"):
+            hosts |= {_normalized(key) for key in config[section]}
+    return sorted(hosts)
+
+
 def config_files(environ: Mapping[str, str]) -> list[Path]:
     """Return the files to read, in order, whether or not they exist.
 
@@ -79,22 +93,31 @@ def config_files(environ: Mapping[str, str]) -> list[Path]:
     return files if docker else [*files, home / ".docker" / "config.json"]
 
 
-def _from_file(path: Path, reference: Reference) -> Credentials | None:
+def _read(path: Path, host: str) -> dict[str, Any]:
+    """Return a file of logins with both its sections, empty ones where there is no file; `host` is for the hint."""
+    anew = f"podman login {host} writes it anew"
     try:
         config = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return {"auths": {}, "credHelpers": {}}
     except OSError as error:
         raise AccessError(f"{path} cannot be read: {error.strerror}", hint="give yourself read access to it") from error
     except ValueError as error:
-        raise AccessError(f"{path} is not JSON", hint=f"podman login {reference.host} writes it anew") from error
-    sections = {name: config.get(name) or {} for name in ("auths", "credHelpers")} if isinstance(config, dict) else {}
-    if not sections or not all(isinstance(section, dict) for section in sections.values()):
-        raise AccessError(f"{path} is no file of logins", hint=f"podman login {reference.host} writes it anew")
-    helper = _lookup(sections["credHelpers"], reference)
+        raise AccessError(f"{path} is not JSON", hint=anew) from error
+    if not isinstance(config, dict):
+        raise AccessError(f"{path} is no file of logins", hint=anew)
+    sections = {name: config.get(name) or {} for name in ("auths", "credHelpers")}
+    if not all(isinstance(section, dict) for section in sections.values()):
+        raise AccessError(f"{path} is no file of logins", hint=anew)
+    return {**config, **sections}
+
+
+def _from_file(path: Path, reference: Reference) -> Credentials | None:
+    config = _read(path, reference.host)
+    helper = _lookup(config["credHelpers"], reference)
     if helper:
         return _from_helper(helper, reference, path)
-    entry = _lookup(sections["auths"], reference)
+    entry = _lookup(config["auths"], reference)
     if isinstance(entry, dict):
         credentials = _from_entry(entry, path, reference)
         if credentials:

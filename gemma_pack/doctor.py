@@ -1,0 +1,278 @@
+"""What this machine can do for gemma-pack, what it lacks, and the remedy.
+
+Nothing is changed, nothing is asked of a network, no secret is shown. Versions are read from metadata and the GPU is
+asked through nvidia-smi, so that a machine without torch gets the same answer.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+from gemma_pack.console import format_bytes
+from gemma_pack.errors import AccessError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from packaging.requirements import Requirement
+
+State = Literal["ok", "limited", "broken"]
+"""`limited`: some commands cannot run or are slow. `broken`: gemma-pack itself is not as it must be."""
+
+OLDEST_BF16_GPU: Final = (8, 0)
+"""Compute capability of Ampere, NVIDIA's first with bfloat16 (CUDA C++ programming guide, arithmetic instructions)."""
+FOR_MODELS: Final = frozenset(
+    {"torch", "transformers", "llmcompressor", "compressed-tensors", "bitsandbytes", "datasets"}
+)
+"""Packages that only quantize and validate need."""
+TOOLS: Final = {
+    "podman": "deploy --target rhaiis",
+    "skopeo": "deploy --target rhelai, and a second opinion on images",
+    "kubectl": "deploy --target kserve",
+}
+BF16_BYTES: Final = 2
+DEMO_DISK_BYTES: Final = 2_000_000_000
+"""The demo's base, variant and image take 1.2 GB, and 0.3 GB more while the base is made."""
+ANSWER_SECONDS: Final = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that was looked at."""
+
+    subject: str
+    state: State
+    text: str
+    remedy: str | None = None
+
+
+def examine(
+    directory: Path, registries: Sequence[str] | AccessError, environ: Mapping[str, str] = os.environ
+) -> list[Finding]:
+    """Look at this machine.
+
+    Args:
+        directory: where the work would be done.
+        registries: hosts with a stored login, or what is wrong with the file of logins.
+        environ: the environment variables.
+    """
+    gpus = _gpus()
+    return [
+        Finding(subject="Python", state="ok", text=platform.python_version()),
+        *_packages(),
+        *gpus,
+        *_torch_build(has_gpu=any(gpu.state == "ok" for gpu in gpus)),
+        _processor(),
+        _memory(),
+        _disk(directory),
+        _hub(environ),
+        _registries(registries),
+        *_tools(),
+        _vllm(environ),
+    ]
+
+
+def _packages() -> list[Finding]:
+    """Compare what is installed with what gemma-pack's own metadata asks for."""
+    from packaging.requirements import Requirement
+
+    try:
+        asked = [Requirement(line) for line in metadata.requires("gemma-pack") or ()]
+    except metadata.PackageNotFoundError:
+        text = "gemma-pack runs from a tree that is not installed"
+        return [Finding(subject="packages", state="broken", text=text, remedy="pip install -e .")]
+    findings, fine = [], []
+    for requirement in asked:
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        installed = _version(requirement.name)
+        if installed and requirement.specifier.contains(installed, prereleases=True):
+            fine.append(f"{requirement.name} {installed}" if requirement.name in FOR_MODELS else "")
+        else:
+            findings.append(_package(requirement, installed))
+    named = ", ".join(name for name in fine if name)
+    summary = f"{len(fine)} as required" + (f": {named}" if named else "")
+    return [Finding(subject="packages", state="ok", text=summary), *findings]
+
+
+def _package(requirement: Requirement, installed: str | None) -> Finding:
+    only_for_models = requirement.name in FOR_MODELS
+    return Finding(
+        subject=requirement.name,
+        state="limited" if only_for_models and installed is None else "broken",
+        text=(f"{installed} is installed" if installed else "is not installed")
+        + f", {requirement.specifier or 'any version'} is required"
+        + (" to quantize and validate" if only_for_models else ""),
+        remedy=f"pip install '{requirement.name}{requirement.specifier}'",
+    )
+
+
+def _gpus() -> list[Finding]:
+    """Ask the driver's own tool, one line a GPU."""
+    fields = "name,memory.total,memory.free,driver_version,compute_cap"
+    output = _answer(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"])
+    lines = [[cell.strip() for cell in line.split(",")] for line in (output or "").splitlines() if line.count(",") == 4]
+    if not lines:
+        return [
+            Finding(
+                subject="GPU",
+                state="limited",
+                text="none found: quantize and validate run on the CPU, slowly; vLLM's servers want a GPU",
+                remedy="install NVIDIA's driver where there is a GPU; nvidia-smi comes with it",
+            )
+        ]
+    return [_gpu(f"GPU {number}", line) for number, line in enumerate(lines)]
+
+
+def _gpu(subject: str, line: list[str]) -> Finding:
+    name, total_mib, free_mib, driver, capability = line
+    free, total = (format_bytes(float(size) * (1 << 20)) if size.isdigit() else "?" for size in (free_mib, total_mib))
+    text = f"{name}, {free} of {total} free, compute capability {capability}, driver {driver}"
+    if capability.count(".") == 1 and tuple(map(int, capability.split("."))) >= OLDEST_BF16_GPU:
+        return Finding(subject=subject, state="ok", text=text)
+    return Finding(
+        subject=subject,
+        state="limited",
+        text=f"{text}: no bfloat16, and Gemma overflows float16",
+        remedy="use Ampere (A10, A100), Ada (L4, L40S) or later",
+    )
+
+
+def _torch_build(*, has_gpu: bool) -> list[Finding]:
+    installed = _version("torch")
+    if not (has_gpu and installed and installed.endswith("+cpu")):
+        return []
+    remedy = f"pip install --force-reinstall torch=={installed.removesuffix('+cpu')}"
+    return [Finding(subject="torch", state="limited", text=f"{installed} leaves the GPU unused", remedy=remedy)]
+
+
+def _processor() -> Finding:
+    """Count what this process may use, and look for the instructions that make bfloat16 fast."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    text = f"{cores} cores, {platform.machine()}"
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text("utf-8").split())
+    except OSError:
+        return Finding(subject="CPU", state="ok", text=text)
+    fast = sorted(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    return Finding(subject="CPU", state="ok", text=f"{text}, " + (", ".join(fast) if fast else "bf16 only emulated"))
+
+
+def _memory() -> Finding:
+    available = _available_memory()
+    if available is None:
+        return Finding(subject="memory", state="ok", text="this system does not say how much is available")
+    billions = available / BF16_BYTES / 1e9
+    text = f"{format_bytes(available)} available: bf16 weights of up to {billions:.1f} billion parameters"
+    return Finding(subject="memory", state="ok", text=text)
+
+
+def _available_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes that can still be taken: of the machine, and of the container's limit if there is one."""
+    try:
+        lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text("utf-8").splitlines())
+        available = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    group = root / "sys/fs/cgroup"
+    try:
+        limit = int((group / "memory.max").read_text("utf-8"))
+        return max(0, min(available, limit - int((group / "memory.current").read_text("utf-8"))))
+    except (OSError, ValueError):  # no control group, or `max`: no limit
+        return available
+
+
+def _disk(directory: Path) -> Finding:
+    free = shutil.disk_usage(directory).free
+    parameters = free / (3 * BF16_BYTES)
+    text = f"{format_bytes(free)} free here: base, variant and image of up to {parameters / 1e9:.1f} billion parameters"
+    if free >= DEMO_DISK_BYTES:
+        return Finding(subject="disk", state="ok", text=text)
+    return Finding(
+        subject="disk",
+        state="limited",
+        text=f"{text}; the demo takes {format_bytes(DEMO_DISK_BYTES)}",
+        remedy="free some space, or work in another directory",
+    )
+
+
+def _hub(environ: Mapping[str, str]) -> Finding:
+    from huggingface_hub import get_token
+
+    if environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        text, remedy = "HF_HUB_OFFLINE keeps us away from it", "unset HF_HUB_OFFLINE"
+        return Finding(subject="model hub", state="limited", text=text, remedy=remedy)
+    if get_token():
+        return Finding(subject="model hub", state="ok", text="a token is stored")
+    return Finding(
+        subject="model hub",
+        state="limited",
+        text="no token: Gemma is gated, and only the demo model comes without one",
+        remedy="accept the licence on the model's page, such as https://huggingface.co/google/gemma-2-9b-it, "
+        "then run: hf auth login",
+    )
+
+
+def _registries(hosts: Sequence[str] | AccessError) -> Finding:
+    if isinstance(hosts, AccessError):
+        return Finding(subject="registries", state="limited", text=hosts.message, remedy=hosts.hint)
+    if hosts:
+        return Finding(subject="registries", state="ok", text=f"logins for {', '.join(hosts)}")
+    return Finding(
+        subject="registries",
+        state="limited",
+        text="no login is stored: push works only where everyone may",
+        remedy="podman login HOST, or docker login HOST",
+    )
+
+
+def _tools() -> list[Finding]:
+    findings = []
+    for name, purpose in TOOLS.items():
+        if shutil.which(name):
+            findings.append(Finding(subject=name, state="ok", text=f"there, for {purpose}"))
+        else:
+            remedy = f"install {name} with the system's package manager"
+            findings.append(Finding(subject=name, state="limited", text=f"missing, for {purpose}", remedy=remedy))
+    return findings
+
+
+def _vllm(environ: Mapping[str, str]) -> Finding:
+    given = environ.get("GEMMA_PACK_VLLM")
+    if given and not Path(given).is_file():
+        remedy = "set GEMMA_PACK_VLLM to the Python of an environment with vLLM, or unset it"
+        text = f"GEMMA_PACK_VLLM names {given}, and it is not there"
+        return Finding(subject="vLLM", state="limited", text=text, remedy=remedy)
+    found = given or shutil.which("vllm")
+    if found:
+        return Finding(subject="vLLM", state="ok", text=f"there, for deploy --target vllm: {found}")
+    return Finding(
+        subject="vLLM",
+        state="limited",
+        text="missing, for deploy --target vllm",
+        remedy="install it into an environment of its own: python -m venv vllm && vllm/bin/pip install vllm",
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _answer(command: list[str]) -> str | None:
+    """Return what a program prints; None where there is none, or it fails or hangs."""
+    try:
+        return subprocess.run(  # noqa: S603 - a fixed list
+            command, check=True, capture_output=True, text=True, timeout=ANSWER_SECONDS
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,184 @@
+"""The doctor: what it sees on machines that are described to it, and that it never tells a secret."""
+
+from __future__ import annotations
+
+import shlex
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gemma_pack import doctor
+from gemma_pack.errors import AccessError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gemma_pack.doctor import Finding
+
+H100 = "NVIDIA H100 80GB HBM3, 81559, 81000, 580.65.06, 9.0"
+T4 = "Tesla T4, 15360, 15000, 535.104.05, 7.5"
+MIG = "NVIDIA A100-SXM4-40GB MIG 1g.5gb, [N/A], [N/A], 535.104.05, 8.0"
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Return a function that puts a program that prints `text` on an otherwise empty PATH."""
+    directory = tmp_path / "programs"
+    directory.mkdir()
+    monkeypatch.setenv("PATH", str(directory))
+
+    def put(name: str, text: str) -> None:
+        program = directory / name
+        lines = "\n".join(f"echo {shlex.quote(line)}" for line in text.splitlines())
+        program.write_text(f"#!/bin/sh\n{lines}\n", "utf-8")
+        program.chmod(0o755)
+
+    return put
+
+
+def look(
+    registries: list[str] | AccessError | None = None, environ: dict[str, str] | None = None
+) -> dict[str, Finding]:
+    found = doctor.examine(Path.cwd(), registries if registries is not None else [], environ or {})
+    return {finding.subject: finding for finding in found}
+
+
+def test_this_installation_is_as_its_metadata_asks(programs: Callable[[str, str], None]) -> None:
+    del programs
+    found = look()
+    assert not [finding for finding in found.values() if finding.state == "broken"]
+    assert f"torch {metadata.version('torch')}" in found["packages"].text
+    assert found["Python"].state == "ok"
+
+
+def test_a_wrong_version_is_broken_and_a_missing_one_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"click": "8.5.1", "httpx": "1.0", "llmcompressor": None, "transformers": "4.55"}
+    asked = ["click>=8.1", "httpx<1,>=0.28", "llmcompressor==0.14.0.1", "transformers>=5.15", "pytest; extra == 'dev'"]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda _: asked)
+    monkeypatch.setattr(doctor, "_version", installed.get)
+    found = look()
+    assert found["packages"].text == "1 as required"
+    assert found["httpx"].state == found["transformers"].state == "broken"
+    assert found["httpx"].remedy == "pip install 'httpx<1,>=0.28'"
+    assert found["llmcompressor"].state == "limited"
+    assert found["llmcompressor"].text == "is not installed, ==0.14.0.1 is required to quantize and validate"
+    assert "pytest" not in found
+
+
+def test_a_tree_that_is_not_installed_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def requires(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "requires", requires)
+    found = look()["packages"]
+    assert (found.state, found.remedy) == ("broken", "pip install -e .")
+
+
+def test_without_a_gpu_the_remedy_is_a_driver(programs: Callable[[str, str], None]) -> None:
+    del programs
+    found = look()["GPU"]
+    assert found.state == "limited"
+    assert found.remedy
+    assert "driver" in found.remedy
+
+
+def test_gpus_are_judged_by_what_they_can(programs: Callable[[str, str], None]) -> None:
+    programs("nvidia-smi", f"{H100}\n{T4}\n{MIG}")
+    found = look()
+    assert found["GPU 0"].state == "ok"
+    assert found["GPU 0"].text == (
+        "NVIDIA H100 80GB HBM3, 84.93 GB of 85.52 GB free, compute capability 9.0, driver 580.65.06"
+    )
+    assert found["GPU 1"].state == "limited"
+    assert "no bfloat16" in found["GPU 1"].text
+    assert found["GPU 2"].state == "ok"
+    assert "? of ? free" in found["GPU 2"].text
+
+
+def test_an_answer_that_is_no_table_is_no_gpu(programs: Callable[[str, str], None]) -> None:
+    programs("nvidia-smi", "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.")
+    assert look()["GPU"].state == "limited"
+
+
+@pytest.mark.parametrize(("version", "idle"), [("2.13.0+cpu", True), ("2.13.0", False), (None, False)])
+def test_a_cpu_build_of_torch_beside_a_gpu_is_said(
+    programs: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, version: str | None, *, idle: bool
+) -> None:
+    programs("nvidia-smi", H100)
+    monkeypatch.setattr(doctor.metadata, "requires", lambda _: [])
+    monkeypatch.setattr(doctor, "_version", {"torch": version}.get)
+    found = look()
+    assert ("torch" in found) is idle
+    if idle:
+        assert found["torch"].remedy == "pip install --force-reinstall torch==2.13.0"
+
+
+@pytest.mark.parametrize(
+    ("limit", "current", "available"),
+    [
+        ("max", "5", 8_000_000 * 1024),
+        ("2000000000", "500000000", 1_500_000_000),
+        ("1000", "2000", 0),
+        (None, None, 8_192_000_000),
+    ],
+)
+def test_memory_is_what_the_container_leaves(
+    tmp_path: Path, limit: str | None, current: str | None, available: int
+) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  16000000 kB\nMemAvailable:  8000000 kB\n", "utf-8")
+    if limit is not None and current is not None:
+        (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+        (tmp_path / "sys/fs/cgroup/memory.max").write_text(limit, "utf-8")
+        (tmp_path / "sys/fs/cgroup/memory.current").write_text(current, "utf-8")
+    assert doctor._available_memory(tmp_path) == available
+
+
+def test_a_system_without_meminfo_is_no_error(tmp_path: Path) -> None:
+    assert doctor._available_memory(tmp_path) is None
+
+
+def test_a_full_disk_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 600_000_000}))
+    found = look()["disk"]
+    assert found.state == "limited"
+    assert "0.1 billion parameters" in found.text
+    assert found.remedy
+
+
+def test_the_hub_token_is_found_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
+    found = look()
+    assert found["model hub"].state == "ok"
+    assert "hf_secret" not in repr(found)
+    assert look(environ={"HF_HUB_OFFLINE": "1"})["model hub"].remedy == "unset HF_HUB_OFFLINE"
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    missing = look()["model hub"].remedy
+    assert missing
+    assert "hf auth login" in missing
+
+
+def test_registries_are_named_or_the_login_is_the_remedy() -> None:
+    assert look(["ghcr.io", "quay.io"])["registries"].text == "logins for ghcr.io, quay.io"
+    assert look([])["registries"].remedy == "podman login HOST, or docker login HOST"
+    broken = look(AccessError("auth.json is not JSON", hint="podman login HOST writes it anew"))["registries"]
+    assert (broken.state, broken.text) == ("limited", "auth.json is not JSON")
+
+
+def test_tools_are_looked_for(programs: Callable[[str, str], None], tmp_path: Path) -> None:
+    programs("skopeo", "")
+    programs("vllm", "")
+    found = look()
+    assert found["skopeo"].state == found["vLLM"].state == "ok"
+    assert found["podman"].state == found["kubectl"].state == "limited"
+    assert found["podman"].remedy == "install podman with the system's package manager"
+    lost = look(environ={"GEMMA_PACK_VLLM": str(tmp_path / "nowhere")})["vLLM"]
+    assert lost.state == "limited"
+    assert "it is not there" in lost.text
+
+
+def test_everything_that_is_not_well_has_a_remedy(programs: Callable[[str, str], None]) -> None:
+    del programs
+    assert all(finding.remedy for finding in look().values() if finding.state != "ok")
