@@ -19,20 +19,19 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from gemma_pack.errors import AccessError, CheckpointError, OfflineError, TextError
+from gemma_pack.errors import AccessError, OfflineError, TextError
 from gemma_pack.record import TextRecord
+from gemma_pack.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     import numpy.typing as npt
-    from tokenizers import Tokenizer
 
     from gemma_pack.console import Reporter
 
 Purpose = Literal["calibration", "evaluation"]
 
-BOS: Final = "<bos>"
 BUILTIN: Final = "builtin"
 PROSE_CHARACTERS: Final = 16 << 20
 """Prose is read up to here, or to 16 characters for each token asked for if that is more, so that windows can be
@@ -172,7 +171,8 @@ def _open_text(spec: str, purpose: Purpose, *, split: str, offline: bool, report
     if reporter:
         reporter.status(f"opening the dataset {spec}")
     option = "--calibration builtin" if purpose == "calibration" else "--text builtin"
-    return _open_dataset(_HubSpec(match["name"], match["config"], match["revision"]), split, offline, instead=option)
+    dataset = _HubSpec(match["name"], match["config"], match["revision"])
+    return _open_dataset(dataset, split, offline=offline, instead=option)
 
 
 def _open_file(path: Path) -> _Prose | _Chats:
@@ -228,7 +228,7 @@ class _HubSpec:
         return f"{self.name}:{self.config}" if self.config else self.name
 
 
-def _open_dataset(spec: _HubSpec, split: str, offline: bool, *, instead: str) -> _Prose | _Chats:  # noqa: FBT001
+def _open_dataset(spec: _HubSpec, split: str, *, offline: bool, instead: str) -> _Prose | _Chats:
     """Open a hub dataset at a commit: of the revision asked for, else the one that the hub or the cache has now."""
     import datasets
     from datasets.exceptions import DatasetsError
@@ -315,29 +315,6 @@ def _joined(prose: _Prose, limit: int) -> str:
         if size >= limit:
             break
     return "\n\n".join(kept)[:limit]
-
-
-def load_tokenizer(directory: Path) -> tuple[Tokenizer, int]:
-    """Return the tokenizer of the checkpoint in `directory`, without truncation or padding, and the id of <bos>.
-
-    Raises:
-        CheckpointError: there is no tokenizer.json, it is broken, or it has no <bos>.
-    """
-    from tokenizers import Tokenizer
-
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(f"{directory} has no tokenizer.json", hint="copy the model's tokenizer files into it")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises Exception itself on a broken file
-        raise CheckpointError(f"{path} is no valid tokenizer: {error}", hint="fetch the file again") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    bos = tokenizer.token_to_id(BOS)
-    if bos is None:
-        raise CheckpointError(f"{path} has no {BOS}: it is not Gemma's tokenizer")
-    return tokenizer, bos
 
 
 class _Encoder:

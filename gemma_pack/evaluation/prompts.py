@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from gemma_pack.evaluation.comparable import chat_template
-from gemma_pack.texts import load_tokenizer
+from gemma_pack.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path

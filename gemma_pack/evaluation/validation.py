@@ -21,7 +21,7 @@ from gemma_pack.evaluation.parity import compare_answers
 from gemma_pack.evaluation.prompts import build_prompts
 from gemma_pack.record import FileDigest
 from gemma_pack.report import Base, BosCheck, Engine, Method, Protocol, Report, Subject
-from gemma_pack.texts import load_tokenizer
+from gemma_pack.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

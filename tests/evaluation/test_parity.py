@@ -12,7 +12,7 @@ from gemma_pack.errors import QuantizationError
 from gemma_pack.evaluation.engines.in_process import Model, load
 from gemma_pack.evaluation.parity import compare_answers, first_divergent, repeats
 from gemma_pack.evaluation.prompts import OPENINGS, QUESTIONS, Prompt, build_prompts
-from gemma_pack.texts import load_tokenizer
+from gemma_pack.tokenizer import load_tokenizer
 from tests.evaluation.conftest import noise
 
 if TYPE_CHECKING:
