@@ -8,6 +8,7 @@ same command is run again, and loses at most the running stage. A variant that f
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -192,11 +193,9 @@ def _push(layout: Path, reference: str, directory: Path, *, plain_http: bool, re
     from gemma_pack.oci.push import push
 
     pushed = push(layout, reference, plain_http=plain_http, reporter=reporter)
-    copy = directory.with_name(f"{directory.name}.pulled")
-    if copy.is_dir():
-        shutil.rmtree(copy)
-    pull(pushed.pinned, copy, plain_http=plain_http, reporter=reporter)
-    try:
+    with tempfile.TemporaryDirectory(prefix=".pulled-", dir=directory.parent) as name:
+        copy = Path(name) / directory.name
+        pull(pushed.pinned, copy, plain_http=plain_http, reporter=reporter)
         for path in sorted(path for path in directory.rglob("*") if path.is_file()):
             twin = copy / path.relative_to(directory)
             if not twin.is_file() or file_sha256(twin) != file_sha256(path):
@@ -204,6 +203,4 @@ def _push(layout: Path, reference: str, directory: Path, *, plain_http: bool, re
                     f"{path.name} came back from {reference} with other bytes",
                     hint="push again; the registry lost some",
                 )
-    finally:
-        shutil.rmtree(copy)
     return pushed.pinned

@@ -110,6 +110,36 @@ def tiny_checkpoint(tiny_checkpoints: Callable[[Family], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny Gemma 3 that was trained for a few steps on the builtin text: its likelihood means something.
+
+    As a real one, it reads far better with <bos>: without it, it learnt noise.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from gemma_pack.texts import load_windows
+    from tests.tiny import VOCABULARY_SIZE, write_tiny
+
+    directory = write_tiny(tmp_path_factory.mktemp("trained") / "trained")
+    windows = load_windows("builtin", "calibration", directory, samples=800, sequence_length=64, seed=0)
+    ids = torch.from_numpy(windows.ids).long()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    torch.manual_seed(0)
+    for _ in range(30):
+        batch = ids[torch.randint(len(ids), (16,))]
+        without_bos = batch[:8, 1:]
+        noise = torch.randint(VOCABULARY_SIZE, without_bos.shape)
+        loss = model(batch, labels=batch).loss + 0.3 * model(without_bos, labels=noise).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """Return the directory of the real Gemma 3 270M, assembled once a session, or once ever under $GEMMA_PACK_CACHE.
 

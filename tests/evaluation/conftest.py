@@ -11,7 +11,6 @@ from gemma_pack.console import Console
 from gemma_pack.recipe import parse_recipe
 from gemma_pack.record import QuantizationRecord, Record, SourceRecord, UntouchedProof
 from gemma_pack.texts import Windows, load_windows
-from tests.tiny import VOCABULARY_SIZE, write_tiny
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,39 +25,11 @@ scheme: W8A16
 algorithm: nearest
 gate: [{ppl_increase_percent: 3, kl_nats: 0.05, same_top1_percent: 90}]
 """
-TRAINING_STEPS = 30
 
 
 @pytest.fixture
 def reporter() -> Console:
     return Console("quiet")
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a tiny Gemma 3 that was trained for a few steps on the builtin text: its likelihood means something.
-
-    As a real one, it reads far better with <bos>: without it, it learnt noise.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    directory = write_tiny(tmp_path_factory.mktemp("trained") / "trained")
-    windows = load_windows("builtin", "calibration", directory, samples=800, sequence_length=64, seed=0)
-    ids = torch.from_numpy(windows.ids).long()
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    torch.manual_seed(0)
-    for _ in range(TRAINING_STEPS):
-        batch = ids[torch.randint(len(ids), (16,))]
-        without_bos = batch[:8, 1:]
-        noise = torch.randint(VOCABULARY_SIZE, without_bos.shape)
-        loss = model(batch, labels=batch).loss + 0.3 * model(without_bos, labels=noise).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.to(torch.bfloat16).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from gemma_pack.checkpoint import Checkpoint
-from gemma_pack.disk import file_sha256
+from gemma_pack.checkpoint import file_sha256
 from gemma_pack.record import require_record
 
 if TYPE_CHECKING:
