@@ -107,6 +107,20 @@ class Estimate(_Part):
         return (self.standard_error / self.iid_standard_error) ** 2 if self.iid_standard_error else None
 
 
+class NoiseFloor(_Part):
+    """The base against itself in batches of another size: what bf16 arithmetic alone costs on this machine.
+
+    A variant's divergence below this says nothing about quantization.
+    """
+
+    windows: int
+    batch: int
+    """Windows at once; 1 or 2, whichever scoring does not use."""
+    kl_nats: float
+    same_top1: float
+    ln_ratio: float
+
+
 class Likelihood(_Part):
     """Perplexity of both and what lies between them."""
 
@@ -233,6 +247,7 @@ class Report(_Part):
     protocol: Protocol
     method: Method
     metrics: tuple[Metric, ...]
+    noise_floor: NoiseFloor
     likelihood: Likelihood
     divergence: Divergence
     parity: Parity

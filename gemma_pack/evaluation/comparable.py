@@ -35,7 +35,11 @@ def require_same_base(recorded: SourceRecord, given: SourceRecord) -> None:
 
 def require_same_language(variant: Path, base: Path) -> None:
     """Raise CheckpointError, naming the difference, unless both read and write the same tokens."""
-    sizes = [text_config(read_json(directory / "config.json")).get("vocab_size") for directory in (variant, base)]
+    configs = [read_json(directory / "config.json") for directory in (variant, base)]
+    kinds = [config.get("model_type") for config in configs]
+    if kinds[0] != kinds[1]:
+        raise _different(f"the variant's config.json says model_type {kinds[0]!r}, the base's {kinds[1]!r}")
+    sizes = [text_config(config).get("vocab_size") for config in configs]
     if sizes[0] != sizes[1]:
         raise _different(f"the variant's vocabulary has {sizes[0]} tokens, the base's {sizes[1]}")
     paths = variant / "tokenizer.json", base / "tokenizer.json"

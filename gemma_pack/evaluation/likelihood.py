@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from gemma_pack.errors import MachineError
-from gemma_pack.report import BosCheck
+from gemma_pack.report import BosCheck, NoiseFloor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +34,8 @@ CACHED_BYTES: Final = 4 << 20
 stay in its cache: four times as fast on two cores as 160 tokens at once."""
 DEVICE_BYTES: Final = 128 << 20
 """The same elsewhere."""
+NOISE_WINDOWS: Final = 4
+"""Windows, at least, that the noise floor is measured on."""
 BOS_WINDOWS: Final = 2
 """Windows that the check of <bos> reads."""
 
@@ -63,23 +65,33 @@ class TokenScores:
 def score(base: Model, variant: Model, ids: npt.NDArray[np.int32], reporter: Reporter) -> TokenScores:
     """Score every token after <bos> of the windows `ids`, int32 [windows, sequence_length], under both models.
 
+    Where the device runs out of memory, fewer windows are read at once.
+
     Raises:
         QuantizationError: a model computes NaN or infinity; the message names which, and where.
+        MachineError: not even one window fits into memory.
     """
     import torch
 
     windows, length = ids.shape
-    batch = max(1, BATCH_TOKENS // length)
+    batch = batch_windows(length)
     tokens = torch.from_numpy(ids.astype(np.int64))
     floats = [np.empty((windows, length - 1), np.float32) for _ in range(4)]
     firsts = [np.empty((windows, length - 1), np.int32) for _ in range(2)]
+    begin = 0
     with torch.inference_mode(), reporter.progress("Scoring windows", windows) as task:
-        for begin in range(0, windows, batch):
+        while begin < windows:
             rows = tokens[begin : begin + batch]
-            scored = _score_batch(base, variant, rows)
+            try:
+                scored = _compare([model.hidden(rows) for model in (base, variant)], base, variant, rows)
+            except torch.OutOfMemoryError as error:
+                batch = _smaller(batch, error)
+                reporter.warn(f"out of memory; going on with {batch} windows at once")
+                continue
             for target, values in zip([*floats, *firsts], scored, strict=True):
-                target[begin : begin + batch] = values.reshape(len(rows), -1).cpu().numpy()
+                target[begin : begin + len(rows)] = values.reshape(len(rows), -1).cpu().numpy()
             task.advance(len(rows))
+            begin += len(rows)
     return TokenScores(
         nll_base=floats[0],
         nll_variant=floats[1],
@@ -87,6 +99,35 @@ def score(base: Model, variant: Model, ids: npt.NDArray[np.int32], reporter: Rep
         delta_p=floats[3],
         base_top1=firsts[0],
         variant_top1=firsts[1],
+    )
+
+
+def batch_windows(length: int) -> int:
+    """Return how many windows of `length` tokens are scored at once."""
+    return max(1, BATCH_TOKENS // length)
+
+
+def measure_noise(base: Model, ids: npt.NDArray[np.int32]) -> NoiseFloor:
+    """Return how far the base is from itself when windows are read in batches of another size.
+
+    `ids` is int32 [windows, sequence_length]; the first few are read.
+    """
+    import torch
+
+    usual = batch_windows(ids.shape[1])
+    other = 1 if usual > 1 else 2
+    rows = torch.from_numpy(ids[: max(usual, NOISE_WINDOWS)].astype(np.int64))
+    with torch.inference_mode():
+        hidden = [
+            torch.cat([base.hidden(rows[part]) for part in _slices(0, len(rows), batch)]) for batch in (usual, other)
+        ]
+        nll, again, kl, _, top1, top1_again = _compare(hidden, base, base, rows)
+    return NoiseFloor(
+        windows=len(rows),
+        batch=other,
+        kl_nats=float(kl.double().mean()),
+        same_top1=float((top1 == top1_again).double().mean()),
+        ln_ratio=float((again - nll).double().mean()),
     )
 
 
@@ -112,11 +153,14 @@ def check_bos(base: Model, ids: npt.NDArray[np.int32]) -> BosCheck:
     return check
 
 
-def _score_batch(base: Model, variant: Model, rows: Tensor) -> tuple[Tensor, ...]:
-    """Return nll_base, nll_variant, kl, delta_p, base_top1, variant_top1, each [tokens], for int64 [batch, length]."""
+def _compare(hidden: list[Tensor], base: Model, variant: Model, rows: Tensor) -> tuple[Tensor, ...]:
+    """Return nll_base, nll_variant, kl, delta_p, base_top1, variant_top1, each [tokens].
+
+    `hidden` holds the last hidden states of both for the int64 rows [batch, length].
+    """
     import torch
 
-    hidden = [model.hidden(rows)[:, :-1].flatten(0, 1) for model in (base, variant)]
+    hidden = [states[:, :-1].flatten(0, 1) for states in hidden]
     targets = rows[:, 1:].flatten().to(base.device)
     count = len(targets)
     scored = (*torch.empty((4, count), device=base.device), *torch.empty((2, count), device=base.device).int())
@@ -173,6 +217,14 @@ def _mean_nll(model: Model, rows: Tensor, *, scored_from: int) -> float:
     if not bool(torch.isfinite(losses).all()):
         model.fail_not_finite(rows)
     return float(losses.double().mean())
+
+
+def _smaller(batch: int, error: Exception) -> int:
+    if batch == 1:
+        raise MachineError(
+            "the device runs out of memory with a single window", hint="use --profile smoke, or a larger device"
+        ) from error
+    return batch // 2
 
 
 def _tokens_at_once(head: Tensor) -> int:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from gemma_pack.evaluation.likelihood import TokenScores
-    from gemma_pack.report import Parity
+    from gemma_pack.report import NoiseFloor, Parity
 
 PERCENTILES: Final = (0.1, 1, 5, 10, 50, 90, 95, 99, 99.9)
 POSITION_BINS: Final = 16
@@ -91,11 +91,13 @@ def measure_divergence(
 
 
 def collect_metrics(
-    likelihood: Likelihood, divergence: Divergence, parity: Parity, judged: Sequence[Metric]
+    noise: NoiseFloor, likelihood: Likelihood, divergence: Divergence, parity: Parity, judged: Sequence[Metric]
 ) -> tuple[Metric, ...]:
-    """Return the rows of the report's table: perplexities, what the gate judged, then what it did not."""
+    """Return the rows of the report's table: the noise floor, perplexities, what the gate judged, what it did not."""
     empty = sum(prompt.variant_empty for prompt in parity.prompts)
     return (
+        Metric(name="noise_kl_nats", value=noise.kl_nats, unit="nats"),
+        Metric(name="noise_same_top1_percent", value=100 * noise.same_top1, unit="%"),
         Metric(name="ppl_base", value=likelihood.ppl_base),
         Metric(name="ppl_variant", value=likelihood.ppl_variant),
         *judged,

@@ -15,7 +15,7 @@ from gemma_pack.errors import CheckpointError, TextError
 from gemma_pack.evaluation import gate, statistics
 from gemma_pack.evaluation.comparable import require_same_base, require_same_language
 from gemma_pack.evaluation.engines.in_process import load, require_memory
-from gemma_pack.evaluation.likelihood import check_bos, score
+from gemma_pack.evaluation.likelihood import check_bos, measure_noise, score
 from gemma_pack.evaluation.measures import collect_metrics, measure_divergence, measure_likelihood, sum_windows
 from gemma_pack.evaluation.parity import compare_answers
 from gemma_pack.evaluation.prompts import build_prompts
@@ -77,6 +77,8 @@ def validate(comparison: Comparison, reporter: Reporter) -> Report:
     variant = load(comparison.variant, "variant", comparison.device)
 
     bos_check = check_bos(base, ids)
+    reporter.status("measuring the noise floor: the base against itself")
+    noise_floor = measure_noise(base, ids)
     scores = score(base, variant, ids, reporter)
     tokenizer, _ = load_tokenizer(comparison.base)
 
@@ -93,7 +95,7 @@ def validate(comparison: Comparison, reporter: Reporter) -> Report:
     divergence = measure_divergence(scores, ids, decode, comparison.seed)
     estimates = (likelihood.ln_ratio, divergence.kl_nats, divergence.same_top1)
     judged = gate.judge_costs(*estimates, row, len(ids))
-    metrics = collect_metrics(likelihood, divergence, parity, judged)
+    metrics = collect_metrics(noise_floor, likelihood, divergence, parity, judged)
     verdict = gate.overall(metrics)
     return Report(
         verdict=verdict,
@@ -104,6 +106,7 @@ def validate(comparison: Comparison, reporter: Reporter) -> Report:
         protocol=_protocol(comparison, bos_check),
         method=Method(confidence=statistics.CONFIDENCE, draws=statistics.DRAWS, seed=comparison.seed),
         metrics=metrics,
+        noise_floor=noise_floor,
         likelihood=likelihood,
         divergence=divergence,
         parity=parity,

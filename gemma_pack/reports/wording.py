@@ -24,6 +24,8 @@ class Wording:
 
 
 WORDINGS: Final[dict[str, Wording]] = {
+    "noise_kl_nats": Wording("noise floor of KL", 4),
+    "noise_same_top1_percent": Wording("noise floor of same first choice", 2, higher_is_better=True),
     "ppl_base": Wording("perplexity of the base", 3),
     "ppl_variant": Wording("perplexity of the variant", 3),
     "ppl_increase_percent": Wording("perplexity increase", 2),

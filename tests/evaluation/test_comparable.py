@@ -44,6 +44,12 @@ def test_another_size_of_vocabulary_is_named(pair: tuple[Path, Path]) -> None:
         require_same_language(*pair)
 
 
+def test_another_architecture_is_named(pair: tuple[Path, Path]) -> None:
+    change(pair[0] / "config.json", model_type="llama")
+    with pytest.raises(CheckpointError, match="model_type 'llama', the base's 'gemma3_text'"):
+        require_same_language(*pair)
+
+
 @pytest.mark.parametrize(
     ("vocabulary", "sentence"),
     [

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gemma_pack.errors import MachineError, QuantizationError
 from gemma_pack.evaluation import likelihood
 from gemma_pack.evaluation.engines.in_process import load
-from gemma_pack.evaluation.likelihood import check_bos, compare_logits, score
+from gemma_pack.evaluation.likelihood import check_bos, compare_logits, measure_noise, score
 from tests.evaluation.conftest import noise
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gemma_pack.console import Console
+    from gemma_pack.evaluation.engines.in_process import Model
     from gemma_pack.texts import Windows
 
 
@@ -100,6 +101,48 @@ def test_chunks_do_not_change_the_scores(
     in_pieces = score(model, model, evaluation_windows.ids[:6], reporter)
     assert in_pieces.nll_base == pytest.approx(whole.nll_base, abs=0.02)  # bf16 products of another shape
     assert in_pieces.nll_base.shape == whole.nll_base.shape
+
+
+def test_the_noise_floor_is_what_another_batch_size_costs(trained: Path, evaluation_windows: Windows) -> None:
+    model = load(trained, "base", "cpu")
+    noise = measure_noise(model, evaluation_windows.ids)
+    assert (noise.windows, noise.batch) == (32, 1)
+    assert 0 <= noise.kl_nats < 0.01
+    assert noise.same_top1 > 0.95
+    assert abs(noise.ln_ratio) < 0.01
+
+
+class Crowded:
+    """A model whose device has no room for more than so many windows."""
+
+    def __init__(self, model: Model, room: int) -> None:
+        self.model, self.room, self.asked = model, room, []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.model, name)
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        self.asked.append(len(ids))
+        if len(ids) > self.room:
+            raise torch.OutOfMemoryError("no room")
+        return self.model.hidden(ids)
+
+
+def test_out_of_memory_means_fewer_windows_at_once(
+    trained: Path, evaluation_windows: Windows, reporter: Console
+) -> None:
+    model = load(trained, "base", "cpu")
+    crowded = Crowded(model, room=5)
+    scores = score(crowded, model, evaluation_windows.ids, reporter)  # type: ignore[arg-type]
+    assert crowded.asked[:4] == [32, 16, 8, 4]
+    expected = score(model, model, evaluation_windows.ids, reporter)
+    assert scores.nll_base == pytest.approx(expected.nll_base, abs=0.1)
+
+
+def test_no_room_for_one_window_exits_12(trained: Path, evaluation_windows: Windows, reporter: Console) -> None:
+    crowded = Crowded(load(trained, "base", "cpu"), room=0)
+    with pytest.raises(MachineError, match="out of memory with a single window"):
+        score(crowded, crowded, evaluation_windows.ids[:2], reporter)  # type: ignore[arg-type]
 
 
 def test_the_final_soft_cap_is_applied(tiny_checkpoints: Callable[..., Path]) -> None:

@@ -16,7 +16,7 @@ from gemma_pack.evaluation.measures import (
     measure_likelihood,
     sum_windows,
 )
-from gemma_pack.report import Divergence, Likelihood, Parity, PromptParity
+from gemma_pack.report import Divergence, Likelihood, NoiseFloor, Parity, PromptParity
 
 WORDS = {0: " ", 1: " the", 2: "ing", 3: " 42", 4: ",", 5: "\n\n", 6: " of"}
 
@@ -143,6 +143,7 @@ def test_an_empty_answer_fails_the_gate(
         variant_empty=empty,
     )
     parity = Parity(limit=8, identical_share=0, divergent_share=0.5, prompts=(answer,))
-    metrics = {metric.name: metric for metric in collect_metrics(likelihood, divergence, parity, [])}
+    noise = NoiseFloor(windows=4, batch=1, kl_nats=0.001, same_top1=0.98, ln_ratio=0.0)
+    metrics = {metric.name: metric for metric in collect_metrics(noise, likelihood, divergence, parity, [])}
     assert metrics["empty_answers"].verdict == verdict
     assert metrics["greedy_divergent_percent"].value == 50

@@ -15,6 +15,7 @@ from gemma_pack.report import (
     KindMean,
     Likelihood,
     Method,
+    NoiseFloor,
     Parity,
     PositionBin,
     PromptParity,
@@ -85,6 +86,7 @@ def make_report(**changes: Any) -> Report:
         ),
         "method": Method(confidence=0.95, draws=10_000, seed=0),
         "metrics": validation_record().metrics,
+        "noise_floor": NoiseFloor(windows=4, batch=1, kl_nats=0.0011, same_top1=0.98, ln_ratio=0.0002),
         "likelihood": Likelihood(
             ppl_base=11.25,
             ppl_variant=11.42,
