@@ -164,8 +164,8 @@ class Recipe(_Part):
         return self.group_size or fixed.get(self.scheme, 1)
 
     def digest(self) -> str:
-        """Return the sha256 of the recipe's meaning: comments and the order of keys do not count."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """Return the sha256 of what shapes the variant: comments, order of keys, summary and gate do not count."""
+        return hashlib.sha256(self.model_dump_json(exclude={"summary", "gate"}).encode()).hexdigest()
 
     def gate_for(self, parameters: int) -> GateRow:
         """Return the gate's row for a model of `parameters` parameters.
