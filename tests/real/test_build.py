@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
-from gemma_pack.checkpoint import Checkpoint
-from gemma_pack.checkpoint import file_sha256
+from gemma_pack.checkpoint import Checkpoint, file_sha256
 from gemma_pack.record import require_record
 
 if TYPE_CHECKING:
