@@ -273,13 +273,40 @@ class Report(_Part):
         )
 
 
+class Change(_Part):
+    """One measure of two runs on the same windows, paired: `difference` is new minus old, with one-sided bounds."""
+
+    name: str
+    old: float
+    new: float
+    difference: float
+    lower: float
+    upper: float
+    noise: float
+    """What bf16 arithmetic alone moved this measure by in these runs; a smaller change is none."""
+    outcome: Literal["regressed", "improved", "no change shown"]
+    unit: str = ""
+
+
+class Changes(_Part):
+    """What `gemma-pack report OLD NEW` found."""
+
+    schema_version: Literal[1] = 1
+    old_sha256: str
+    new_sha256: str
+    windows: int
+    regressed: bool
+    changes: tuple[Change, ...]
+
+
 def read_report(path: Path) -> Report:
-    """Return the report in the file `path`.
+    """Return the report in the file `path`, or in the directory `path`.
 
     Raises:
         GemmaPackError: it is missing, broken, or of a version that this gemma-pack does not know.
     """
     again = "run gemma-pack validate again"
+    path = path / REPORT_NAME if path.is_dir() else path
     try:
         return Report.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:

@@ -25,6 +25,7 @@ VERBS: Final[tuple[str, ...]] = (
     "recipes",
     "quantize",
     "validate",
+    "report",
     "card",
     "package",
     "push",

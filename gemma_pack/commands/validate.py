@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ def command(
       full   256 windows of 1024 tokens, 128 prompts: a surer one
 
     Writes report.json, report.html, report.md and junit.xml, and the verdict into gemma-pack.json and README.md of
-    the variant.
+    the variant. In GitHub Actions the report is shown as the summary of the step, too.
 
     \b
     Exit codes: 0 pass, 10 the gate failed, 11 undecided: more windows are needed.
@@ -72,6 +73,7 @@ def command(
     from gemma_pack.build import validate_variant
     from gemma_pack.console import table
     from gemma_pack.reports import wording
+    from gemma_pack.reports.writing import append_summary
 
     target = report or directory.with_name(directory.name + ".report")
     outcome = validate_variant(
@@ -88,6 +90,8 @@ def command(
     )
     shown = table(wording.rows(outcome.metrics), header=wording.HEADER)
     console.result(outcome, f"{shown}\n\n{wording.VERDICT_WORDS[outcome.verdict]}: {target / 'report.html'}")
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        append_summary(outcome, Path(summary), directory.resolve().name)
     raise_verdict(outcome, target)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from gemma_pack.record import Metric
-    from gemma_pack.report import Report
+    from gemma_pack.report import Change, Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ WORDINGS: Final[dict[str, Wording]] = {
     "ppl_variant": Wording("perplexity of the variant", 3),
     "ppl_increase_percent": Wording("perplexity increase", 2),
     "ln_ratio_nats": Wording("ln(perplexity ratio)", 4),
+    "nll_nats": Wording("mean -ln p of the variant", 4),
     "bits_per_byte_base": Wording("bits per byte of the base", 4),
     "bits_per_byte_variant": Wording("bits per byte of the variant", 4),
     "kl_nats": Wording("mean KL(base‖variant)", 4),
@@ -98,6 +99,30 @@ def _remedy(windows: int, needed: int | None) -> str:
 
 
 HEADER: Final = ("measure", "value", "95 % bound", "margin", "verdict")
+
+
+CHANGE_HEADER: Final = ("measure", "old", "new", "difference", "95 % bounds", "noise", "outcome")
+
+
+def change_label(change: Change) -> str:
+    """Return the name for people of a measure of two runs."""
+    wording = WORDINGS.get(change.name)
+    return wording.label if wording else change.name.replace("_", " ")
+
+
+def change_rows(changes: tuple[Change, ...]) -> list[list[str]]:
+    """Return a table's cells: measure, old, new, difference, its bounds, noise, outcome."""
+    return [
+        [
+            change_label(change),
+            *(f"{number:.4f} {change.unit}" for number in (change.old, change.new)),
+            f"{change.difference:+.4f} {change.unit}",
+            f"{change.lower:+.4f} to {change.upper:+.4f}",
+            f"{change.noise:.4f}",
+            change.outcome,
+        ]
+        for change in changes
+    ]
 
 
 def _relation(metric: Metric) -> str:

@@ -20,6 +20,20 @@ HTML_NAME: Final = "report.html"
 JUNIT_NAME: Final = "junit.xml"
 
 
+SUMMARY_BYTES: Final = 1 << 20
+"""GitHub's limit on the summary of a step."""
+
+
+def append_summary(report: Report, path: Path, name: str) -> None:
+    """Append the report to the step summary `path` that GitHub Actions shows; only its head where all is too long."""
+    markdown = render_markdown(report, name)
+    taken = path.stat().st_size if path.exists() else 0
+    if taken + len(markdown.encode()) > SUMMARY_BYTES:
+        markdown = markdown.partition("\n## ")[0] + "\n"
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(markdown)
+
+
 def write_reports(report: Report, directory: Path, name: str) -> None:
     """Write every rendering of `report`, on the variant called `name`, into `directory`, which may exist.
 

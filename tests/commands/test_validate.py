@@ -76,6 +76,13 @@ def test_options_arrive(given: dict[str, object], monkeypatch: pytest.MonkeyPatc
     assert (given["text"], given["seed"], given["against"], given["offline"]) == ("a.txt", 4, "demo", True)
 
 
+def test_github_gets_a_summary(given: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    given["report"] = with_verdict("fail")
+    assert run(["validate", "variant"]) == 10
+    assert (tmp_path / "summary.md").read_text().startswith("# FAIL: variant\n")
+
+
 def test_the_help_states_the_profiles_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     run(["validate", "--help"])
     found = re.findall(r"(\w+) +(\d+) windows of +(\d+) tokens, +(\d+) prompts", capsys.readouterr().out)

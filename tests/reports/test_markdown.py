@@ -12,7 +12,7 @@ from gemma_pack.record import Metric
 from gemma_pack.report import read_report
 from gemma_pack.reports.markdown import render_markdown, worst_prompts
 from gemma_pack.reports.templating import compact, markdown_cell
-from gemma_pack.reports.writing import write_reports
+from gemma_pack.reports.writing import SUMMARY_BYTES, append_summary, write_reports
 from tests.reports.reports import answer, make_report
 
 if TYPE_CHECKING:
@@ -86,6 +86,21 @@ def test_a_report_reads_back_as_it_was_written(tmp_path: Path) -> None:
     write_reports(report, tmp_path / "new" / "report", NAME)
     assert read_report(tmp_path / "new" / "report" / "report.json") == report
     assert (tmp_path / "new" / "report" / "report.md").read_text() == render_markdown(report, NAME)
+
+
+def test_a_step_summary_is_appended_to_and_keeps_its_limit(tmp_path: Path) -> None:
+    path = tmp_path / "summary.md"
+    report = make_report()
+    append_summary(report, path, NAME)
+    append_summary(report, path, NAME)
+    assert path.read_text() == 2 * render_markdown(report, NAME)
+    path.write_bytes(b" " * (SUMMARY_BYTES - 3000))
+    append_summary(report, path, NAME)
+    text = path.read_text().lstrip()
+    assert text.startswith("# PASS")
+    assert "mean KL" in text
+    assert "## " not in text
+    assert path.stat().st_size < SUMMARY_BYTES
 
 
 @pytest.mark.parametrize(

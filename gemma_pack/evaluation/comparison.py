@@ -1,0 +1,105 @@
+"""Compares two validations on the same windows: did a new recipe or library make the variant worse?
+
+Both runs scored the same tokens, so window sums are paired as base and variant are within a run. A change counts when
+its one-sided 95 % bound is beyond the noise floor of both runs: less than that, bf16 does by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from gemma_pack.errors import InvalidUsageError
+from gemma_pack.evaluation.statistics import MINIMUM_WINDOWS, block_bootstrap
+from gemma_pack.report import Change, Changes
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from gemma_pack.report import NoiseFloor, Report
+
+
+@dataclass(frozen=True, slots=True)
+class _Measure:
+    """A measure that two runs are compared by: its column of the window sums, and how it reads."""
+
+    name: str
+    column: str
+    unit: str
+    scale: float = 1.0
+    higher_is_better: bool = False
+
+
+_MEASURES: Final = (
+    _Measure("kl_nats", "kl_nats", "nats"),
+    _Measure("nll_nats", "nll_variant", "nats"),
+    _Measure("same_top1_percent", "same_top1", "%", scale=100, higher_is_better=True),
+)
+
+
+def compare_reports(old: Report, new: Report) -> Changes:
+    """Return what changed from `old` to `new`.
+
+    Raises:
+        InvalidUsageError: they are not of the same windows and the same base, or have too few windows.
+    """
+    _require_pair(old, new)
+    changes = tuple(_change(measure, old, new) for measure in _MEASURES)
+    return Changes(
+        old_sha256=old.digest(),
+        new_sha256=new.digest(),
+        windows=len(new.windows),
+        regressed=any(change.outcome == "regressed" for change in changes),
+        changes=changes,
+    )
+
+
+def _require_pair(old: Report, new: Report) -> None:
+    same_text = old.protocol.text.sha256 == new.protocol.text.sha256
+    same_base = (old.base.model_id, old.base.revision) == (new.base.model_id, new.base.revision)
+    if not same_text or len(old.windows) != len(new.windows):
+        raise InvalidUsageError(
+            "the two reports read different windows, so they cannot be paired",
+            hint="validate both with the same --text, --profile and --seed",
+        )
+    if not same_base:
+        raise InvalidUsageError(f"the two reports have different bases: {old.base.model_id} and {new.base.model_id}")
+    if len(old.windows) < MINIMUM_WINDOWS:
+        raise InvalidUsageError(
+            f"{len(old.windows)} windows are too few to show a change", hint="validate both with --profile quick"
+        )
+
+
+def _change(measure: _Measure, old: Report, new: Report) -> Change:
+    before, after = (measure.scale * _sums(report, measure.column) for report in (old, new))
+    tokens = _sums(new, "tokens")
+    noise = max(_noise(measure, report.noise_floor) for report in (old, new))
+    bounds = block_bootstrap(after - before, tokens, seed=new.method.seed)
+    up, down = bounds.lower > noise, bounds.upper < -noise
+    worse, better = (down, up) if measure.higher_is_better else (up, down)
+    return Change(
+        name=measure.name,
+        old=float(before.sum() / tokens.sum()),
+        new=float(after.sum() / tokens.sum()),
+        difference=bounds.value,
+        lower=bounds.lower,
+        upper=bounds.upper,
+        noise=noise,
+        outcome="regressed" if worse else "improved" if better else "no change shown",
+        unit=measure.unit,
+    )
+
+
+def _sums(report: Report, column: str) -> npt.NDArray[np.float64]:
+    return np.array([float(getattr(window, column)) for window in report.windows])
+
+
+def _noise(measure: _Measure, floor: NoiseFloor) -> float:
+    """Return what another batch size alone moved the measure by."""
+    return {
+        "kl_nats": floor.kl_nats,
+        "nll_nats": abs(floor.ln_ratio),
+        "same_top1_percent": 100 * (1 - floor.same_top1),
+    }[measure.name]
