@@ -52,13 +52,17 @@ def quantize_model(
     from gemma_pack.recipe import load_recipe, recipe_text
     from gemma_pack.reports.card import write_card
     from gemma_pack.sources import obtain
+    from gemma_pack.text_sources import require_text
     from gemma_pack.texts import load_windows
 
     recipe = load_recipe(recipe_name)
-    if device == "cuda":
-        resolve_device(device)  # before gigabytes are fetched for nothing
-    source = obtain(model, revision=revision, output=None, offline=offline, reporter=reporter)
     calibration = choice.applied_to(recipe.calibration) if recipe.calibration else None
+    # before gigabytes are fetched for nothing
+    if device == "cuda":
+        resolve_device(device)
+    if calibration:
+        require_text(calibration.dataset)
+    source = obtain(model, revision=revision, output=None, offline=offline, reporter=reporter)
     refinement = recipe.refinement
 
     def windows(samples: int | None = None, sequence_length: int | None = None) -> Windows | None:

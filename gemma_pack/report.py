@@ -25,7 +25,7 @@ Verdict = Literal["pass", "fail", "undecided"]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Subject(_Part):

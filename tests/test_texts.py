@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemma_pack.errors import CheckpointError, OfflineError, TextError
-from gemma_pack.texts import builtin_halves, load_windows
+from gemma_pack.text_sources import builtin_halves, require_text
+from gemma_pack.texts import load_windows
 from tests.dataset_hub import COMMIT, DatasetHub
 
 if TYPE_CHECKING:
@@ -312,3 +313,15 @@ def test_plain_text_needs_no_torch(tokenizer: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], env={**os.environ}, check=False)
     assert result.returncode == 0
+
+
+@pytest.mark.parametrize("spec", ["nowhere.txt", "nowhere.jsonl", "no such text"])
+def test_a_text_that_cannot_be_is_refused_before_anything_is_fetched(spec: str) -> None:
+    with pytest.raises(TextError, match="there is no"):
+        require_text(spec)
+
+
+def test_texts_that_may_be_are_not_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    for spec in ("builtin", str(tmp_path / "a.txt"), "owner/name", "owner/name:config"):
+        require_text(spec)

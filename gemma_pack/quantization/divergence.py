@@ -32,7 +32,8 @@ class _KlToBase(torch.autograd.Function):
                 rows = slice(row, row + _TOKENS_A_ROW_BLOCK)
                 kl, logits[rows] = _kl_and_gradient(logits[rows].float(), base_logits[rows].float(), soft_cap)
                 total += kl
-            gradient[span] = logits @ head
+            if ctx.needs_input_grad[0]:
+                gradient[span] = logits @ head
         ctx.save_for_backward(gradient / len(hidden))
         return (total / len(hidden)).float()
 
