@@ -188,7 +188,7 @@ def compare_logits(base: Tensor, variant: Tensor, targets: Tensor) -> tuple[Tens
 
     column = targets[:, None]
     base_top, base_top1 = base.max(-1)
-    variant_top1 = variant.argmax(-1)
+    _, variant_top1 = variant.max(-1)  # argmax alone takes three times as long
     variant_z = torch.logsumexp(variant, -1)
     nll_variant = variant_z - variant.gather(1, column)[:, 0]
     base_target = base.gather(1, column)[:, 0]
