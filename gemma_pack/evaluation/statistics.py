@@ -110,8 +110,11 @@ def _acceleration(totals: Floats, tokens: Floats) -> float:
     """Return BCa's a = Σ u³ / (6 (Σ u²)^1.5) with u from leaving out one window at a time."""
     left_out = (totals.sum() - totals) / (tokens.sum() - tokens)
     spread = left_out.mean() - left_out
-    squares = float((spread**2).sum())
-    return float((spread**3).sum()) / (6 * squares**1.5) if squares > 0 else 0.0
+    largest = float(np.abs(spread).max())
+    if largest == 0:
+        return 0.0
+    spread /= largest  # a has no unit, and the cubes of tiny numbers are zero
+    return float((spread**3).sum() / (6 * (spread**2).sum() ** 1.5))
 
 
 def _bca(means: Floats, value: float, acceleration: float, level: float) -> tuple[float, float]:

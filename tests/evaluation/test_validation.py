@@ -143,7 +143,7 @@ def test_a_recipe_that_was_changed_afterwards_is_refused(
 ) -> None:
     variant = make_variant()
     path = variant / "recipe.yaml"
-    path.write_text(path.read_text().replace("kl_nats: 0.05", "kl_nats: 5"))
+    path.write_text(path.read_text().replace("scheme: W8A16", "scheme: W8A8"))
     with pytest.raises(CheckpointError, match="not the recipe that the variant was made by"):
         run_validation(variant)
 
