@@ -59,7 +59,7 @@ check: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --quiet
+	$(BIN)/lint-imports
 
 # Fast tests first; then those with the real model, one process, because each fills both cores by itself.
 test: tools dev .venv-vllm/.installed check
