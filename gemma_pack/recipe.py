@@ -100,7 +100,7 @@ class Recipe(_Part):
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     summary: str
     scheme: Literal["W4A16", "W8A16", "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4"]
-    """compressed-tensors' name for what weights and activations become. vLLM has kernels for each on Gemma."""
+    """compressed-tensors' name for what weights and activations become."""
     group_size: Literal[32, 64, 128] | None = None
     """Input columns that share a scale; None is the scheme's own: 128 for W4A16, a whole channel for W8A16."""
     observer: Literal["memoryless_minmax", "memoryless_mse"] = "memoryless_mse"
