@@ -54,9 +54,6 @@ def quantize_layers(
         journal: takes each finished layer; those it holds already are not computed again.
         reporter: shows progress.
     """
-    # Exact all the same: both factors are bfloat16 values, and sums are float32 (see `InputStatistics`).
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
     scheme = quantization_scheme(recipe)
     decoder = Decoder(checkpoint, device)
     stream = _HiddenStates(decoder, ids)

@@ -8,6 +8,7 @@ rounded as one matrix. The block kernel, the factorization and the choice of sca
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,12 +21,32 @@ from gemma_pack.errors import QuantizationError
 from gemma_pack.quantization.packing import RoundedLinear
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from compressed_tensors.quantization import QuantizationArgs
     from torch import Tensor
 
     from gemma_pack.recipe import Recipe
 
 _WHOLE_GRID = 1_000_000
+
+
+@contextmanager
+def _matrix_unit() -> Iterator[None]:
+    """Let float32 products whose factors are bfloat16 values use the matrix unit, for these products alone.
+
+    Left on, it would round factors that are no bfloat16 values too: Gemma's rotary embedding is a float32 product of
+    positions and frequencies, and with rounded positions the perplexity of Gemma 3 270M rises from 15.4 to 17.9.
+    """
+    matmuls = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    before = [matmul.fp32_precision for matmul in matmuls]
+    try:
+        for matmul, precision in zip(matmuls, ("bf16", "tf32"), strict=True):
+            matmul.fp32_precision = precision
+        yield
+    finally:
+        for matmul, precision in zip(matmuls, before, strict=True):
+            matmul.fp32_precision = precision
 
 
 class InputStatistics:
@@ -44,7 +65,8 @@ class InputStatistics:
     def add(self, inputs: Tensor) -> None:
         """Add bfloat16 inputs [..., columns]."""
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        self.total.addmm_(rows.T, rows)
+        with _matrix_unit():
+            self.total.addmm_(rows.T, rows)
         self.largest = torch.maximum(self.largest, rows.abs().max())
         self.tokens += rows.shape[0]
 

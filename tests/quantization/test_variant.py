@@ -71,6 +71,28 @@ def test_a_variant_loads_answers_like_its_base_and_leaves_the_rest_alone(
     assert 0 < kl < 0.3
 
 
+def test_quantizing_leaves_the_precision_of_float32_products_as_it_was(
+    tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rotary embedding is a float32 product: with its positions rounded to bf16, Gemma's perplexity is 16 % worse."""
+
+    def precisions() -> list[str]:
+        return [torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision]
+
+    before, seen = precisions(), []
+    original = calibrated.Decoder.layer_arguments
+
+    def watched(*args: Any) -> Any:
+        seen.append(precisions())
+        return original(*args)
+
+    monkeypatch.setattr(calibrated.Decoder, "layer_arguments", watched)
+    quantize(make_job(tiny_checkpoint), tmp_path / "variant", reporter)
+    assert seen
+    assert all(found == before for found in seen)
+    assert precisions() == before
+
+
 def test_the_same_job_gives_the_same_bytes_and_is_not_done_twice(
     tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter
 ) -> None:
