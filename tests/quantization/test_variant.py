@@ -74,7 +74,7 @@ def test_a_variant_loads_answers_like_its_base_and_leaves_the_rest_alone(
 def test_quantizing_leaves_the_precision_of_float32_products_as_it_was(
     tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rotary embedding is a float32 product: with its positions rounded to bf16, Gemma's perplexity is 16 % worse."""
+    """The rotary embedding is a float32 product, and with rounded positions Gemma is 16 % more perplexed."""
 
     def precisions() -> list[str]:
         return [torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision]
