@@ -3,6 +3,10 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -261,3 +265,25 @@ def test_the_record_says_what_was_done(
     assert made.size_bytes == Checkpoint.open(variant.directory).size_bytes
     assert made.versions["llmcompressor"] == "0.14.0.1"
     assert (variant.directory / "recipe.yaml").read_text() == RECIPE
+
+
+def test_a_killed_process_goes_on_and_ends_with_the_same_bytes(
+    tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter
+) -> None:
+    whole = quantize(make_job(tiny_checkpoint), tmp_path / "whole", reporter)
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    command = [sys.executable, "-m", "gemma_pack", "quantize", str(tiny_checkpoint), "--recipe", "r.yaml", "-o", "out"]
+    command += ["--device", "cpu"]  # as the job in this process
+    first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while first.poll() is None and not list(tmp_path.glob(".out.journal-*/layer-000.safetensors")):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    first.kill()
+    assert first.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    again = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=120)
+    assert "going on after" in again.stderr
+    made = digests(tmp_path / "out")
+    assert made.pop("README.md")  # the command writes the card, the stage does not
+    assert made == digests(whole.directory)
