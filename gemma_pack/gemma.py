@@ -15,16 +15,22 @@ from typing import TYPE_CHECKING, Any, Final
 from gemma_pack.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 FUSED_GROUPS: Final = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """The linear layers of a decoder layer by distinct input. vLLM fuses each group into one matrix
 (`packed_modules_mapping` of its Gemma2ForCausalLM and Gemma3ForCausalLM), so a group is quantized one way."""
 
+NORM_BEFORE: Final = {"q_proj": "input_layernorm", "gate_proj": "pre_feedforward_layernorm"}
+"""The norm whose output is the input of a group alone, by the group's first module. Gemma's post_attention_layernorm
+stands behind attention's output and before no linear layer (transformers, `Gemma2DecoderLayer`)."""
+
 _BLOCK_OF: Final = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn"),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp"),
 }
+_DEEPEST: Final = 128
+"""More layers than any Gemma has; Gemma 3 27B has 62."""
 _LAYER_TYPES: Final = ("sliding_attention", "full_attention")
 
 
@@ -177,6 +183,58 @@ def decoder_linears(config: Mapping[str, Any], prefix: str) -> list[list[list[st
         [[f"{prefix}layers.{layer}.{_BLOCK_OF[module]}.{module}" for module in group] for group in FUSED_GROUPS]
         for layer in range(decoder_number(config, "num_hidden_layers"))
     ]
+
+
+def possible_groups() -> Iterator[list[str]]:
+    """Yield the module names on each input of any supported Gemma, to judge a list of names without a model."""
+    for prefix in ("model.", "language_model.model.", "model.language_model."):
+        for layer in range(_DEEPEST):
+            for group in FUSED_GROUPS:
+                yield [f"{prefix}layers.{layer}.{_BLOCK_OF[module]}.{module}" for module in group]
+
+
+def linear_shape(config: Mapping[str, Any], module: str) -> tuple[int, int]:
+    """Return [rows, columns] of a decoder linear's weight by config.json (transformers, `Gemma3Attention`)."""
+    hidden, inner = decoder_number(config, "hidden_size"), decoder_number(config, "intermediate_size")
+    dim = decoder_number(config, "head_dim")
+    queries = dim * decoder_number(config, "num_attention_heads")
+    keys = dim * decoder_number(config, "num_key_value_heads")
+    shapes = {
+        "q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, queries),
+        "gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner),
+    }  # fmt: skip
+    return shapes[module.rpartition(".")[2]]
+
+
+def norm_shapes(config: Mapping[str, Any], prefix: str) -> dict[str, tuple[int]]:
+    """Return the shape of each of the decoder's norms by its tensor's name (vLLM, `Gemma2Model` and `Gemma3Model`)."""
+    hidden = decoder_number(config, "hidden_size")
+    layer: dict[str, tuple[int]] = {
+        f"{place}_layernorm": (hidden,) for place in ("input", "post_attention", "pre_feedforward", "post_feedforward")
+    }
+    if _decoder_type(config) != "gemma2":
+        layer |= {f"self_attn.{head}_norm": (decoder_number(config, "head_dim"),) for head in "qk"}
+    layers = range(decoder_number(config, "num_hidden_layers"))
+    found = {f"{prefix}layers.{index}.{name}.weight": shape for index in layers for name, shape in layer.items()}
+    return {f"{prefix}norm.weight": (hidden,), **found}
+
+
+def spellings(module: str) -> tuple[str, ...]:
+    """Return the names that a module of a model with a vision tower goes by, the given one first.
+
+    transformers renamed them in 4.52, published checkpoints keep the old names, and vLLM maps the new ones to the old
+    (`hf_to_vllm_mapper` of its Gemma3ForConditionalGeneration).
+    """
+    renamed = (
+        ("model.language_model.", "language_model.model."),
+        ("model.vision_tower.", "vision_tower."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+    )
+    for new, old in renamed:
+        for one, other in ((new, old), (old, new)):
+            if module.startswith(one):
+                return module, other + module.removeprefix(one)
+    return (module,)
 
 
 def layer_types(config: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from gemma_pack.errors import RecipeError
+from gemma_pack.gemma import possible_groups
 from gemma_pack.yaml_file import parse_yaml, read_text
 
 if TYPE_CHECKING:
@@ -43,6 +44,13 @@ class Gptq(_Part):
     """Share of the mean of the Hessian's diagonal that is added to it."""
     block_size: Literal[32, 64, 128, 256] = 128
     """Columns quantized between two updates of the rest."""
+
+
+class Smoothing(_Part):
+    """Settings of smoothing (SmoothQuant, arXiv 2211.10438)."""
+
+    strength: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """How much of the outliers moves from activations into weights."""
 
 
 class Refinement(_Part):
@@ -99,15 +107,18 @@ class Recipe(_Part):
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     summary: str
-    scheme: Literal["W4A16", "W8A16", "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4"]
-    """compressed-tensors' name for what weights and activations become."""
+    scheme: Literal["W4A16", "W8A16", "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "BNB_INT8", "BNB_NF4"]
+    """compressed-tensors' name for what weights and activations become, or one of bitsandbytes' two formats."""
     group_size: Literal[32, 64, 128] | None = None
-    """Input columns that share a scale; None is the scheme's own: 128 for W4A16, a whole channel for W8A16."""
-    observer: Literal["memoryless_minmax", "memoryless_mse"] = "memoryless_mse"
-    """llm-compressor's observer that chooses the scales of weights."""
+    """Input columns that share a scale; None is 128, as in compressed-tensors' presets of both."""
+    observer: Literal["memoryless_minmax", "memoryless_mse", "signed_mse"] = "memoryless_mse"
+    """What chooses the scales of weights: llm-compressor's observers, or for int4 and int8 in groups scales with the
+    sign that makes best use of the codes."""
     algorithm: Literal["nearest", "gptq"]
     """`nearest` rounds each weight by itself; `gptq` makes up for each rounding in the weights still to come."""
     gptq: Gptq = Gptq()
+    smoothing: Smoothing | None = None
+    """None leaves activations as they are."""
     refinement: Refinement | None = None
     """None leaves the scales as the algorithm chose them."""
     ignore: tuple[str, ...] = ()
@@ -119,12 +130,22 @@ class Recipe(_Part):
 
     @field_validator("ignore")
     @classmethod
-    def _are_patterns(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in (entry.removeprefix("re:") for entry in entries if entry.startswith("re:")):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern} is no regular expression: {error}") from error
+    def _leave_what_servers_fuse_whole(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        patterns = [_pattern(entry) for entry in entries]
+        unused = dict(zip(entries, patterns, strict=True))
+        for group in possible_groups() if entries else ():
+            ignored = [name for name in group if any(pattern.fullmatch(name) for pattern in patterns)]
+            unused = {e: p for e, p in unused.items() if not any(p.fullmatch(name) for name in ignored)}
+            if 0 < len(ignored) < len(group):
+                others = [name for name in group if name not in ignored]
+                raise ValueError(
+                    f"{ignored[0]} is ignored and {others[0]} is not, and servers fuse them into one matrix"
+                )
+        if unused:
+            raise ValueError(
+                f"{next(iter(unused))} is no linear layer of a Gemma's decoder; embeddings, head and towers are never "
+                "quantized"
+            )
         return entries
 
     @field_validator("gate")
@@ -141,26 +162,48 @@ class Recipe(_Part):
         return rows
 
     @model_validator(mode="after")
+    def _leaves_bitsandbytes_alone(self) -> Recipe:
+        if self.for_bitsandbytes and self.algorithm != "nearest":
+            raise ValueError(f"algorithm must be nearest with {self.scheme}: bitsandbytes rounds by itself")
+        if self.for_bitsandbytes and "observer" in self.model_fields_set:
+            raise ValueError(f"observer has no effect with {self.scheme}: bitsandbytes chooses its scales by itself")
+        return self
+
+    @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         if self.group_size and self.scheme not in ("W4A16", "W8A16"):
             raise ValueError(f"group_size goes with W4A16 and W8A16; the groups of {self.scheme} are fixed")
         if self.refinement and self.scheme not in ("W4A16", "W8A16"):
             raise ValueError(f"refinement tunes the scales of W4A16 and W8A16, not of {self.scheme}")
+        if self.observer == "signed_mse" and self.scheme not in ("W4A16", "W8A16"):
+            raise ValueError(f"observer signed_mse is for W4A16 and W8A16, not for {self.scheme}")
+        if self.smoothing and self.scheme not in ("W8A8", "FP8", "FP8_DYNAMIC", "NVFP4"):
+            raise ValueError(f"smoothing is for schemes that quantize activations, not for {self.scheme}")
         if self.needs_calibration and self.calibration is None:
-            raise ValueError("calibration is missing: GPTQ, refinement and static activation scales learn from text")
+            raise ValueError("calibration is missing: GPTQ, smoothing, refinement and static scales learn from text")
         if not self.needs_calibration and self.calibration is not None:
             raise ValueError("calibration has no effect: this recipe rounds to nearest and learns nothing from text")
         return self
 
     @property
+    def for_bitsandbytes(self) -> bool:
+        """Whether the variant is in a format of bitsandbytes, not of compressed-tensors."""
+        return self.scheme.startswith("BNB_")
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether text shapes the result."""
-        return self.algorithm == "gptq" or self.refinement is not None or self.scheme in ("FP8", "NVFP4")
+        return (
+            self.algorithm == "gptq"
+            or self.smoothing is not None
+            or self.refinement is not None
+            or self.scheme in ("FP8", "NVFP4")
+        )
 
     @property
     def columns_divisor(self) -> int:
         """What must divide a layer's input columns: the size of a group or block, else 1."""
-        fixed = {"W4A16": 128, "FP8_BLOCK": 128, "NVFP4": 16}
+        fixed = {"W4A16": 128, "W8A16": 128, "FP8_BLOCK": 128, "NVFP4": 16}
         return self.group_size or fixed.get(self.scheme, 1)
 
     def digest(self) -> str:
@@ -180,6 +223,17 @@ class Recipe(_Part):
             f"the gate of recipe {self.name} has no row for a model of {parameters / 1e9:.1f} billion parameters",
             hint="end the gate with a row that has no up_to_parameters",
         )
+
+
+def _pattern(entry: str) -> re.Pattern[str]:
+    """Return what an entry of `ignore` matches; raise ValueError where its regular expression is none."""
+    if not entry.startswith("re:"):
+        return re.compile(re.escape(entry))
+    pattern = entry.removeprefix("re:")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern} is no regular expression: {error}") from error
 
 
 def shipped_names() -> list[str]:

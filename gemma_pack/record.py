@@ -82,6 +82,15 @@ class RefinementRecord(_Part):
     held_out_kl_after_nats: float
 
 
+class EquivalenceProof(_Part):
+    """Smoothing changed nothing before anything was rounded: float32, base beside smoothed model."""
+
+    windows: int
+    tokens_a_window: int
+    kl_nats: float
+    """Mean KL(base || smoothed) of the next token."""
+
+
 class UntouchedProof(_Part):
     """The tensors that no recipe named are byte-identical to the source.
 
@@ -94,6 +103,16 @@ class UntouchedProof(_Part):
     sha256: Sha256
 
 
+class LoaderProof(_Part):
+    """The names, dtypes, shapes and ignore list of the variant are what vLLM and transformers expect of its family."""
+
+    decoder_tensors: int
+    """Tensors of the decoder, each compared."""
+    quantized: int
+    in_bf16: int
+    """Linear layers of the decoder."""
+
+
 class QuantizationRecord(_Part):
     """What was quantized, how, with what, and the proof about the rest."""
 
@@ -104,11 +123,15 @@ class QuantizationRecord(_Part):
     algorithm: str
     format: Literal["compressed-tensors", "bitsandbytes"] = "compressed-tensors"
     calibration: TextRecord | None = None
+    smoothing: EquivalenceProof | None = None
+    """None where nothing was smoothed. Factors are (1 + norm's weight) of the base over those of the variant."""
     refinement: RefinementRecord | None = None
     device: str
     versions: dict[str, str]
     """Versions of the libraries that shaped the bytes."""
     untouched: UntouchedProof
+    loader: LoaderProof | None = None
+    """None in records of gemma-pack 0.1.0 and before."""
     base_size_bytes: int
     size_bytes: int
     """Tensor bytes of the base and of this variant."""
@@ -120,6 +143,8 @@ class Metric(_Part):
     name: str
     value: float
     bound: float | None = None
+    opposite_bound: float | None = None
+    """The bound on the good side, likewise one-sided: with `bound` it makes an interval of 90 %."""
     margin: float | None = None
     verdict: Literal["pass", "fail", "undecided", "not judged"] = "not judged"
     unit: str = ""

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, Final
 from gemma_pack.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
 MAX_HEADER_BYTES: Final = 100_000_000
 """safetensors' own limit on the header (`MAX_HEADER_SIZE` in its lib.rs)."""
+LENGTH_BYTES: Final = 8
+"""Of the number before the header that says how long it is."""
 READ_BYTES: Final = 8 << 20
 DTYPE_BITS: Final[dict[str, int]] = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16,
@@ -64,9 +66,8 @@ class TensorInfo:
             raise self._cut_short()
         return data
 
-    def digest(self) -> str:
-        """Return the sha256, in hex, of the raw bytes, holding at most 8 MiB of them."""
-        state = hashlib.sha256()
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the raw bytes of the tensor, at most 8 MiB at a time."""
         left = self.size_bytes
         with self.file.open("rb") as stream:
             stream.seek(self.begin)
@@ -74,8 +75,14 @@ class TensorInfo:
                 piece = stream.read(min(READ_BYTES, left))
                 if not piece:
                     raise self._cut_short()
-                state.update(piece)
+                yield piece
                 left -= len(piece)
+
+    def digest(self) -> str:
+        """Return the sha256, in hex, of the raw bytes, holding at most 8 MiB of them."""
+        state = hashlib.sha256()
+        for piece in self.pieces():
+            state.update(piece)
         return state.hexdigest()
 
     def _cut_short(self) -> CheckpointError:
@@ -92,15 +99,33 @@ def read_header(path: Path) -> list[TensorInfo]:
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(f"{path} is truncated or no safetensors file", hint=_AGAIN)
-            header = _parse_header(stream.read(length))
+            head = stream.read(LENGTH_BYTES)
+            head += stream.read(header_bytes(head, size) - LENGTH_BYTES) if len(head) == LENGTH_BYTES else b""
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing", hint=_AGAIN) from error
+    return parse_header(path, head, size)
+
+
+def header_bytes(head: bytes, size_bytes: int) -> int:
+    """Return the bytes of a header, the length before it included, by its first eight; 8 where no length is valid."""
+    length = int.from_bytes(head[:LENGTH_BYTES], "little")
+    return LENGTH_BYTES + (length if length <= min(size_bytes - LENGTH_BYTES, MAX_HEADER_BYTES) else 0)
+
+
+def parse_header(path: Path, head: bytes, size: int) -> list[TensorInfo]:
+    """Return the tensors of a safetensors file of `size` bytes, in file order, by its first `header_bytes` bytes.
+
+    Raises:
+        CheckpointError: the file is truncated, or its header is no valid header.
+    """
+    length = int.from_bytes(head[:LENGTH_BYTES], "little")
+    if size < LENGTH_BYTES or len(head) != LENGTH_BYTES + length:
+        raise CheckpointError(f"{path} is truncated or no safetensors file", hint=_AGAIN)
+    try:
+        header = _parse_header(head[LENGTH_BYTES:])
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a corrupt safetensors header: {error}", hint=_AGAIN) from error
-    start = 8 + length
+    start = LENGTH_BYTES + length
     infos = [_tensor_info(path, start, name, entry) for name, entry in header.items() if name != "__metadata__"]
     infos.sort(key=lambda info: (info.begin, info.end))  # an empty tensor stands before the one that begins there
     position = start
@@ -114,19 +139,19 @@ def read_header(path: Path) -> list[TensorInfo]:
     return infos
 
 
-def write_safetensors(path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...], Callable[[], bytes]]]) -> None:
-    """Write tensors, given as (name, dtype, shape, read), to `path`, one in memory at a time.
+def plan_safetensors(path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[TensorInfo]]:
+    """Return the header of a file for tensors, given as (name, dtype, shape), and where in `path` each of them lies.
 
     The header is padded to 8 bytes, as safetensors' own writer does; it also sorts tensors by falling alignment, then
-    by name, which is left to the caller. `read` is called once, in order.
+    by name, which is left to the caller.
 
     Raises:
-        CheckpointError: two tensors have one name, or `read` gives another number of bytes than shape and dtype need.
+        CheckpointError: two tensors have one name, or one of them fills no whole bytes.
     """
     entries = list(tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
-    for name, dtype, shape, _ in entries:
+    for name, dtype, shape in entries:
         size, rest = divmod(math.prod(shape) * DTYPE_BITS[dtype], 8)
         if name in header or rest:
             raise CheckpointError(f"{name} {'fills no whole bytes' if rest else 'would be written twice'}")
@@ -134,14 +159,30 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, str, tuple[int, .
         position += size
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
+    start = 8 + len(encoded)
+    infos = [_tensor_info(path, start, name, header[name]) for name, _, _ in entries]
+    return len(encoded).to_bytes(8, "little") + encoded, infos
+
+
+def write_safetensors(path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...], Callable[[], bytes]]]) -> None:
+    """Write tensors, given as (name, dtype, shape, read), to `path`, one in memory at a time.
+
+    `read` is called once, in order.
+
+    Raises:
+        CheckpointError: what `plan_safetensors` raises, or `read` gives another number of bytes than shape and dtype
+            need.
+    """
+    entries = list(tensors)
+    header, infos = plan_safetensors(path, [(name, dtype, shape) for name, dtype, shape, _ in entries])
     with path.open("wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little"))
-        stream.write(encoded)
-        for name, _, _, read in entries:
+        stream.write(header)
+        for info, (_, _, _, read) in zip(infos, entries, strict=True):
             data = read()
-            begin, end = header[name]["data_offsets"]
-            if len(data) != end - begin:
-                raise CheckpointError(f"{name} has {len(data)} bytes where its shape and dtype need {end - begin}")
+            if len(data) != info.size_bytes:
+                raise CheckpointError(
+                    f"{info.name} has {len(data)} bytes where its shape and dtype need {info.size_bytes}"
+                )
             stream.write(data)
 
 

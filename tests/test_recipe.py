@@ -147,7 +147,49 @@ def test_all_mistakes_are_reported_at_once():
 
 
 def test_a_plain_name_is_no_regular_expression():
-    assert parse_recipe(SOUND + 'ignore: ["a(b"]\n', origin="").ignore == ("a(b",)
+    assert refusal(SOUND + 'ignore: ["a(b"]\n').startswith("mine.yaml:11: ignore: a(b is no linear layer of a Gemma")
+    assert refusal(SOUND + "ignore: [model.layers.0.mlp.down.proj]\n").startswith("mine.yaml:11: ignore: model.layers")
+
+
+@pytest.mark.parametrize(
+    "ignore",
+    [
+        '["re:.*layers.0[.].*"]',
+        "[model.layers.3.mlp.down_proj, language_model.model.layers.3.self_attn.o_proj]",
+        '["re:.*q_proj", "re:.*[kv]_proj"]',
+    ],
+)
+def test_what_leaves_fused_layers_whole_may_be_ignored(ignore: str):
+    assert parse_recipe(SOUND + f"ignore: {ignore}\n", origin="").ignore
+
+
+@pytest.mark.parametrize(
+    ("ignore", "message"),
+    [
+        ('["re:.*q_proj"]', "model.layers.0.self_attn.q_proj is ignored and model.layers.0.self_attn.k_proj is not"),
+        ("[model.language_model.layers.61.mlp.up_proj]", "model.language_model.layers.61.mlp.up_proj is ignored and "),
+        ("[lm_head]", "lm_head is no linear layer of a Gemma's decoder; embeddings, head and towers are never"),
+        ('["re:.*embed_tokens$"]', "re:.*embed_tokens$ is no linear layer of a Gemma's decoder; embeddings, head and"),
+    ],
+)
+def test_what_no_server_loads_is_refused_at_its_line(ignore: str, message: str):
+    assert refusal(SOUND + f"ignore: {ignore}\n").startswith(f"mine.yaml:11: ignore: {message}")
+
+
+def test_group_sizes_without_a_kernel_and_quantized_embeddings_are_refused_at_their_lines():
+    # vLLM's Marlin kernel has groups of 32, 64 and 128 (`MARLIN_SUPPORTED_GROUP_SIZES`)
+    text = changed("scheme: W4A16", "scheme: W4A16\ngroup_size: 96") + "targets: [Linear, Embedding]\n"
+    first, second = refusal(text).splitlines()
+    assert first.startswith("mine.yaml:4: group_size: Input should be 32, 64 or 128")
+    assert second == "mine.yaml:12: targets: unknown key"
+
+
+@pytest.mark.parametrize("line", ["observer: memoryless_mse", "group_size: 64"])
+def test_what_has_no_effect_on_bitsandbytes_is_refused(line: str):
+    text = "name: mine\nsummary: nf4\nscheme: BNB_NF4\nalgorithm: nearest\ngate: [{kl_nats: 1}]\n"
+    assert parse_recipe(text, origin="").for_bitsandbytes
+    assert line.partition(":")[0] in refusal(text + line + "\n")
+    assert "algorithm must be nearest" in refusal(SOUND.replace("W4A16", "BNB_NF4"))
 
 
 def test_the_first_row_that_holds_judges():

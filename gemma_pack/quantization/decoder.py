@@ -31,33 +31,49 @@ class Decoder:
 
     Attributes:
         depth: number of decoder layers.
+        width: of the hidden states.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        """Build the embedding and one layer of each kind on `device`, in bfloat16."""
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Build the embedding, one layer of each kind and the final norm on `device`."""
         self.checkpoint = checkpoint
         self.device = device
         self.prefix = decoder_prefix(checkpoint.tensors)
         self.kinds = layer_types(checkpoint.config)
         self.depth = len(self.kinds)
         self._first_of_kind = [self.kinds.index(kind) for kind in dict.fromkeys(self.kinds)]
-        self._model = _skeleton(checkpoint, [self.kinds[i] for i in self._first_of_kind], device)
+        self._model = _skeleton(checkpoint, [self.kinds[i] for i in self._first_of_kind], device, dtype)
         self._layers = {self.kinds[i]: self._model.layers[slot] for slot, i in enumerate(self._first_of_kind)}
         _fill(self._model.embed_tokens, checkpoint, f"{self.prefix}embed_tokens.")
+        _fill(self._model.norm, checkpoint, f"{self.prefix}norm.")
+        self.width: int = self._model.config.hidden_size
 
     @torch.no_grad()
-    def embed(self, ids: np.ndarray[Any, np.dtype[np.int32]], batch: int) -> Tensor:
-        """Return the hidden states that enter layer 0, on the CPU.
+    def embed(self, ids: np.ndarray[Any, np.dtype[np.int32]]) -> Tensor:
+        """Return the hidden states that enter layer 0: [windows, tokens, width] for int32 [windows, tokens]."""
+        states: Tensor = self._model.embed_tokens(torch.from_numpy(ids).long().to(self.device))
+        return states
 
-        Args:
-            ids: int32 [windows, tokens].
-            batch: windows to embed at a time.
+    @torch.no_grad()
+    def finish(self, states: Tensor) -> Tensor:
+        """Return what the final norm makes of the last layer's output."""
+        normed: Tensor = self._model.norm(states)
+        return normed
 
-        Returns:
-            bfloat16 [windows, tokens, hidden].
-        """
-        rows = torch.split(torch.from_numpy(ids).long(), batch)
-        return torch.cat([self._model.embed_tokens(row.to(self.device)).cpu() for row in rows])
+    @property
+    def embedding(self) -> Tensor:
+        """[vocabulary, width]: the embedding, which is the head too."""
+        weight: Tensor = self._model.embed_tokens.weight
+        return weight
+
+    def within_layer(self, name: str) -> str:
+        """Return a module's name within its layer, `mlp.up_proj`, from the one within the checkpoint."""
+        return name.removeprefix(f"{self.prefix}layers.").partition(".")[2]
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Return the tensors of layer `index` by their names in the checkpoint, on the CPU."""
+        start = f"{self.prefix}layers.{index}."
+        return {name: read_tensor(self.checkpoint, name) for name in self.checkpoint.tensors if name.startswith(start)}
 
     def load_layer(self, index: int) -> nn.Module:
         """Fill the resident layer of this kind with the weights of layer `index` and return it."""
@@ -86,7 +102,7 @@ class Decoder:
         return dict(zip(self._layers, captured, strict=True))
 
 
-def _skeleton(checkpoint: Checkpoint, kinds: list[str], device: torch.device) -> Any:  # noqa: ANN401 - a transformers model
+def _skeleton(checkpoint: Checkpoint, kinds: list[str], device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ANN401 - a transformers model
     """Return the text model with one layer of each of `kinds`, its parameters uninitialised."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -97,7 +113,7 @@ def _skeleton(checkpoint: Checkpoint, kinds: list[str], device: torch.device) ->
     config.num_hidden_layers = len(kinds)
     with no_init_weights(), device:
         model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation=attention_implementation(checkpoint.config)
+            config, dtype=dtype, attn_implementation=attention_implementation(checkpoint.config)
         )
     return model.eval().requires_grad_(requires_grad=False).model
 

@@ -15,6 +15,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from gemma_pack.disk import write_atomic
+from gemma_pack.errors import CheckpointError
+from gemma_pack.safetensors_file import read_header
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,8 +42,18 @@ class Journal:
         """Return the file of an entry."""
         return self.directory / f"{entry}.safetensors"
 
+    def holds(self, entry: str) -> bool:
+        """Say whether there is an entry, whole as far as its header and length tell."""
+        if not self.path(entry).exists():
+            return False
+        try:
+            read_header(self.path(entry))
+        except CheckpointError:  # the machine went down while the disk's cache held the file
+            return False
+        return True
+
     def layers(self) -> list[Path]:
-        """Return the files of the finished layers, in the order of the layers."""
+        """Return the files of the finished groups of layers, in the order of the layers."""
         return sorted(self.directory.glob("layer-*.safetensors"))
 
     def load(self, entry: str) -> dict[str, Tensor] | None:

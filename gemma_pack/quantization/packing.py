@@ -40,7 +40,8 @@ def pack(name: str, linear: RoundedLinear, scheme: QuantizationScheme) -> dict[s
     if linear.input_scale is not None:
         key = "input_global_scale" if linear.global_scale is not None else "input_scale"
         packed[key] = linear.input_scale
-    return {f"{name}.{key}": value.cpu().contiguous() for key, value in packed.items()}
+    # layers on one input share its scale, and safetensors refuses tensors that share memory
+    return {f"{name}.{key}": value.cpu().clone(memory_format=torch.contiguous_format) for key, value in packed.items()}
 
 
 def unpack(name: str, tensors: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor:

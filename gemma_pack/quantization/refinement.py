@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gemma_pack.checkpoint import Checkpoint
     from gemma_pack.console import Reporter
     from gemma_pack.quantization.journal import Journal
+    from gemma_pack.quantization.ranks import Ranks
     from gemma_pack.recipe import Recipe, Refinement
 
 _EVERY = 25
@@ -97,6 +98,7 @@ def refine_scales(
     ids: np.ndarray[Any, np.dtype[np.int32]],
     *,
     device: torch.device,
+    ranks: Ranks,
     journal: Journal,
     reporter: Reporter,
 ) -> Refined:
@@ -107,6 +109,7 @@ def refine_scales(
         recipe: its `refinement` says how long and how fast.
         ids: int32 [windows, tokens]; the first `held_out` windows only judge.
         device: where the model runs.
+        ranks: the processes that share the windows of a step.
         journal: the finished layers; takes the state of the tuning too, so that it can be interrupted.
         reporter: shows progress with the falling KL.
 
@@ -121,9 +124,9 @@ def refine_scales(
         return Refined(int(step), before, after)
     model = _load(checkpoint, device)
     windows = torch.from_numpy(ids).long()
-    loss = _Loss(model, checkpoint, windows, device)
+    loss = _Loss(model, checkpoint, windows, device, ranks)
     tuning = _Tuning(_replace(model, journal, quantization_scheme(recipe), device), settings)
-    held_out = range(settings.held_out)
+    held_out = torch.arange(settings.held_out)
     order = settings.held_out + _order(len(windows) - settings.held_out, settings)
     with reporter.progress("refine scales", settings.steps) as task:
         if (state := journal.load("refining")) is not None:
@@ -133,16 +136,19 @@ def refine_scales(
         task.advance(tuning.step)
         while tuning.step < settings.steps:
             begin = tuning.step * settings.windows_a_step
-            tuning.take(loss.of(order[begin : begin + settings.windows_a_step]))
+            tuning.take(loss.share(order[begin : begin + settings.windows_a_step]), ranks)
             task.advance()
             if tuning.step % _EVERY == 0 or tuning.step == settings.steps:
                 tuning.judge(loss.mean(held_out), tuning.step)
                 task.note(f"KL {tuning.first:.4f} → {tuning.best:.4f}")
-                journal.save("refining", tuning.state())
-    journal.save("refined", {f"{name}.weight_scale": scale for name, scale in tuning.kept.items()})
+                if ranks.is_first:
+                    journal.save("refining", tuning.state())
     result = Refined(tuning.best_step, tuning.first, tuning.best)
-    numbers = torch.tensor([result.step, result.kl_before_nats, result.kl_after_nats], dtype=torch.float64)
-    journal.save("refined-result", {"result": numbers})
+    if ranks.is_first:
+        journal.save("refined", {f"{name}.weight_scale": scale for name, scale in tuning.kept.items()})
+        numbers = torch.tensor([result.step, result.kl_before_nats, result.kl_after_nats], dtype=torch.float64)
+        journal.save("refined-result", {"result": numbers})
+    ranks.wait()
     return result
 
 
@@ -155,9 +161,10 @@ class _Loss:
         checkpoint: Checkpoint,
         windows: Tensor,
         device: torch.device,
+        ranks: Ranks,
     ) -> None:
         """Run the base, which `model` still is, over all windows once; int64 [windows, tokens]."""
-        self.model, self.windows, self.device = model, windows, device
+        self.model, self.windows, self.device, self.ranks = model, windows, device, ranks
         self.head = model.get_output_embeddings().weight
         self.soft_cap: float | None = text_config(checkpoint.config).get("final_logit_softcapping")
         with torch.no_grad():
@@ -168,10 +175,18 @@ class _Loss:
         base = self.base[chosen].flatten(0, 1).to(self.device)
         return kl_to_base(self._states(self.windows[chosen]), base, self.head, self.soft_cap)
 
+    def share(self, chosen: Tensor) -> Tensor:
+        """Return this process's part of the loss of windows: the parts of all processes add up to `of` all of them."""
+        mine = self.ranks.share(chosen)
+        return self.of(mine) * (len(mine) / len(chosen)) if len(mine) else torch.zeros((), device=self.device)
+
     @torch.no_grad()
-    def mean(self, chosen: range) -> float:
-        """Return the loss of windows, one after the other."""
-        return float(torch.stack([self.of(torch.tensor([index])) for index in chosen]).double().mean())
+    def mean(self, chosen: Tensor) -> float:
+        """Return the loss of windows, one after the other and over all processes."""
+        losses = [self.of(index[None]) for index in self.ranks.share(chosen)]
+        total = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64)
+        self.ranks.add(total := total.to(self.device))
+        return float(total) / len(chosen)
 
     def _states(self, windows: Tensor) -> Tensor:
         """Return the hidden states after the final norm, [windows · tokens, width]."""
@@ -189,15 +204,21 @@ class _Tuning:
         self.first = self.best = math.inf
         self.kept: dict[str, Tensor] = {}
 
-    def take(self, loss: Tensor) -> None:
-        """Take one step down the gradient of `loss`."""
+    def take(self, loss: Tensor, ranks: Ranks) -> None:
+        """Take one step down the gradient of the sum of all processes' `loss`."""
         if not torch.isfinite(loss):
             raise QuantizationError("refinement diverged", hint="lower refinement.learning_rate in the recipe")
         rate = self.settings.learning_rate * _rate(self.step, self.settings.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        if ranks.size > 1:
+            for module in self.modules.values():
+                change = module.log_change
+                change.grad = torch.zeros_like(change) if change.grad is None else change.grad
+                ranks.add(change.grad)
         self.optimizer.step()
         self.step += 1
 

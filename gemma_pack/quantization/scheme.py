@@ -36,13 +36,17 @@ _WORDS: Final = {
     "FP8_DYNAMIC": "FP8 weights and activations, activations scaled as they come",
     "FP8_BLOCK": "FP8 weights in blocks of 128 x 128, activations scaled as they come",
     "NVFP4": "NVFP4 weights and activations",
+    "BNB_INT8": "int8 weights of bitsandbytes",
+    "BNB_NF4": "nf4 weights of bitsandbytes, scales quantized too",
 }
 
 
 def quantization_scheme(recipe: Recipe) -> QuantizationScheme:
     """Return compressed-tensors' preset of the recipe's scheme, with the recipe's groups and observer."""
     preset = preset_name_to_scheme(recipe.scheme, ["Linear"])
-    changes: dict[str, Any] = {"observer": recipe.observer}
+    # of signed_mse upstream knows nothing; the name only informs whoever reads config.json
+    observer = "memoryless_mse" if recipe.observer == "signed_mse" else recipe.observer
+    changes: dict[str, Any] = {"observer": observer}
     if recipe.group_size:
         changes |= {"strategy": "group", "group_size": recipe.group_size}
     if recipe.algorithm == "gptq":
@@ -63,6 +67,10 @@ def quantization_config(recipe: Recipe, ignore: Sequence[str]) -> dict[str, Any]
         recipe: the recipe.
         ignore: module names of linear layers that stay in bf16, as servers know them.
     """
+    if recipe.for_bitsandbytes:
+        from gemma_pack.quantization.bitsandbytes import bitsandbytes_config
+
+        return bitsandbytes_config(recipe, ignore)
     config = QuantizationConfig(
         config_groups={"group_0": quantization_scheme(recipe)},
         format=_FORMATS[recipe.scheme],

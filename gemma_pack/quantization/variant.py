@@ -12,23 +12,33 @@ from typing import TYPE_CHECKING, Final
 from gemma_pack.checkpoint import Checkpoint, write_index
 from gemma_pack.disk import refuse_existing, staged_directory
 from gemma_pack.errors import CheckpointError, RecipeError
-from gemma_pack.gemma import decoder_linears, decoder_prefix, require_supported
+from gemma_pack.gemma import decoder_linears, decoder_prefix, require_supported, spellings
+from gemma_pack.quantization.loader import prove_loadable
+from gemma_pack.quantization.shards import copy_shards, link_shards
 from gemma_pack.quantization.untouched import prove_untouched
-from gemma_pack.record import QuantizationRecord, Record, RefinementRecord, read_record
-from gemma_pack.safetensors_file import TensorInfo, read_header, write_safetensors
+from gemma_pack.record import (
+    EquivalenceProof,
+    QuantizationRecord,
+    Record,
+    RefinementRecord,
+    read_record,
+    require_record,
+)
+from gemma_pack.safetensors_file import TensorInfo, read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+    import torch
 
     from gemma_pack.console import Reporter
     from gemma_pack.quantization.journal import Journal
+    from gemma_pack.quantization.ranks import Ranks
     from gemma_pack.recipe import Recipe
     from gemma_pack.record import SourceRecord, TextRecord
     from gemma_pack.texts import Windows
 
-MAX_SHARD_BYTES: Final = 4_000_000_000
-"""Registries take layers of 10 GB at most, pulls run in parallel, and a broken one is repeated: small shards."""
 RECIPE_NAME: Final = "recipe.yaml"
 REFINED: Final = "refined"
 _LIBRARIES: Final = ("torch", "transformers", "llmcompressor", "compressed-tensors")
@@ -68,11 +78,11 @@ class Job:
             "calibration": _dumped(self.windows.record if self.windows else None),
             "refinement": _dumped(self.refinement_windows.record if self.refinement_windows else None),
             "device": self.device,
-            "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+            "versions": _versions(self.recipe),
         }
 
 
-def quantize(job: Job, target: Path, reporter: Reporter) -> Variant:
+def quantize(job: Job, target: Path, reporter: Reporter, ranks: Ranks | None = None) -> Variant:
     """Make the variant in `target`.
 
     An interrupted run leaves a journal beside `target`; the same call goes on from it and gives the same bytes.
@@ -82,28 +92,49 @@ def quantize(job: Job, target: Path, reporter: Reporter) -> Variant:
         CheckpointError: the base is damaged or not supported.
         RecipeError: the recipe does not fit this model.
         InvalidUsageError: something else is at `target`.
-        QuantizationError: a numeric step or the untouched proof failed; nothing is left at `target`.
+        QuantizationError: a numeric step or a proof failed; nothing is left at `target`.
     """
-    job.base.require_tokenizer()
-    require_supported(job.base.config)
-    ignored = ignored_modules(job.base, job.recipe)
-    _require_divisible(job.base, job.recipe, ignored)
-    existing = read_record(target) if target.is_dir() else None
-    if existing and _identity(existing) == job.identity():
-        Checkpoint.open(target)
-        return Variant(target, existing, made_now=False)
-    refuse_existing(target)
+    return quantize_together({target: job}, reporter, ranks)[0]
 
-    from gemma_pack.quantization.journal import Journal
 
-    journal = Journal(target, job.identity())
-    if journal.layers():
-        reporter.status(f"going on after {len(journal.layers())} finished layers")
-    rounded = _round(job, ignored, journal, reporter)
-    with staged_directory(target) as staging:
-        record = _assemble(job, rounded, ignored, staging, reporter)
-    journal.close()
-    return Variant(target, record, made_now=True)
+def quantize_together(jobs: Mapping[Path, Job], reporter: Reporter, ranks: Ranks | None = None) -> list[Variant]:
+    """Make a variant of one base at each target; those that learn from the same text share one pass over the layers.
+
+    Each has the bytes that `quantize` alone would give it, and the errors are the same.
+    """
+    from gemma_pack.quantization.ranks import Ranks
+
+    ranks = ranks or Ranks()
+    made: dict[Path, Variant] = {}
+    drafts: dict[Path, _Draft] = {}
+    for target, job in jobs.items():
+        ignored = _require_fitting(job)
+        existing = read_record(target) if target.is_dir() else None
+        if existing and _identity(existing) == job.identity():
+            Checkpoint.open(target)
+            made[target] = Variant(target, existing, made_now=False)
+        else:
+            refuse_existing(target)
+            drafts[target] = _Draft(job, frozenset(ignored), _open_journal(target, job, reporter, ranks))
+    _round_calibrated(list(drafts.values()), reporter, ranks)
+    for target, draft in drafts.items():
+        rounded = _finish_rounding(draft, reporter, ranks)
+        if ranks.is_first:
+            with staged_directory(target) as staging:
+                record = _assemble(draft.job, rounded, set(draft.ignored), staging, reporter)
+            draft.journal.close()
+        ranks.wait()
+        made[target] = Variant(target, record if ranks.is_first else require_record(target), made_now=True)
+    return [made[target] for target in jobs]
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A job under way."""
+
+    job: Job
+    ignored: frozenset[str]
+    journal: Journal
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,29 +142,78 @@ class _Rounded:
     """What replaces the linears' weights, still in the journal."""
 
     tensors: list[TensorInfo]
+    shards: tuple[Path, ...] = ()
+    """Files that hold them as they shall lie in the variant, where there are such already."""
+    smoothing: EquivalenceProof | None = None
     refinement: RefinementRecord | None = None
 
 
-def _round(job: Job, ignored: set[str], journal: Journal, reporter: Reporter) -> _Rounded:
-    """Fill the journal by the path that the recipe needs, and tune the scales if it says so."""
-    import torch
+def _require_fitting(job: Job) -> set[str]:
+    """Return the linears that stay in bf16; raise where base and recipe do not go together."""
+    job.base.require_tokenizer()
+    require_supported(job.base.config)
+    ignored = ignored_modules(job.base, job.recipe)
+    require_divisible(job.base, job.recipe, ignored)
+    return ignored
 
-    from gemma_pack.quantization.calibrated import quantize_layers
+
+def _open_journal(target: Path, job: Job, reporter: Reporter, ranks: Ranks) -> Journal:
+    from gemma_pack.quantization.journal import Journal
+
+    if ranks.is_first:  # the others must not see it being cleared
+        Journal(target, job.identity())
+    ranks.wait()
+    journal = Journal(target, job.identity())
+    if journal.layers():
+        reporter.status(f"going on after {len(journal.layers())} finished groups of layers")
+    return journal
+
+
+def _round_calibrated(drafts: Sequence[_Draft], reporter: Reporter, ranks: Ranks) -> None:
+    """Fill the journals of those that learn from text, in one pass for each text."""
+    from gemma_pack.quantization.calibrated import Draft, quantize_layers
+
+    passes: dict[str, list[_Draft]] = {}
+    for draft in drafts:
+        if draft.job.windows is not None:
+            passes.setdefault(draft.job.windows.record.model_dump_json(), []).append(draft)
+    for together in passes.values():
+        job = together[0].job
+        if job.windows is not None:
+            quantize_layers(
+                job.base,
+                [Draft(draft.job.recipe, draft.ignored, draft.journal) for draft in together],
+                job.windows.ids,
+                device=torch_device(job.device),
+                ranks=ranks,
+                reporter=reporter,
+            )
+
+
+def _finish_rounding(draft: _Draft, reporter: Reporter, ranks: Ranks) -> _Rounded:
+    """Return what the journal holds, after rounding without text or tuning scales where the recipe says so."""
+    from gemma_pack.quantization.calibrated import EQUIVALENCE
+    from gemma_pack.quantization.equivalence import TOKENS, WINDOWS
     from gemma_pack.quantization.refinement import refine_scales
     from gemma_pack.quantization.streamed import quantize_streamed
 
-    device = torch.device(job.device)
+    job, journal = draft.job, draft.journal
+    device = torch_device(job.device)
     if job.windows is None:
-        quantize_streamed(job.base, job.recipe, ignored=ignored, device=device, journal=journal, reporter=reporter)
-        return _Rounded([info for path in journal.layers() for info in read_header(path)])
-    quantize_layers(
-        job.base, job.recipe, job.windows.ids, ignored=ignored, device=device, journal=journal, reporter=reporter
-    )
+        if not ranks.is_first:
+            return _Rounded([])
+        shards = quantize_streamed(
+            job.base, job.recipe, ignored=draft.ignored, device=device, journal=journal, reporter=reporter
+        )
+        return _Rounded([info for path in shards for info in read_header(path)], shards=tuple(shards))
     tensors = {info.name: info for path in journal.layers() for info in read_header(path)}
+    smoothing = None
+    if job.recipe.smoothing and (proof := journal.load(EQUIVALENCE)):
+        smoothing = EquivalenceProof(windows=WINDOWS, tokens_a_window=TOKENS, kl_nats=float(proof["kl_nats"]))
     if job.refinement_windows is None:
-        return _Rounded(list(tensors.values()))
+        return _Rounded(list(tensors.values()), smoothing=smoothing)
     tuned = refine_scales(
-        job.base, job.recipe, job.refinement_windows.ids, device=device, journal=journal, reporter=reporter
+        job.base, job.recipe, job.refinement_windows.ids, device=device, ranks=ranks, journal=journal, reporter=reporter
     )
     tensors |= {info.name: info for info in read_header(journal.path(REFINED))}
     refinement = RefinementRecord(
@@ -142,7 +222,14 @@ def _round(job: Job, ignored: set[str], journal: Journal, reporter: Reporter) ->
         held_out_kl_before_nats=tuned.kl_before_nats,
         held_out_kl_after_nats=tuned.kl_after_nats,
     )
-    return _Rounded(list(tensors.values()), refinement)
+    return _Rounded(list(tensors.values()), smoothing=smoothing, refinement=refinement)
+
+
+def torch_device(name: str) -> torch.device:
+    """Return torch's device: under torchrun each process has the GPU that `join_ranks` gave it."""
+    import torch
+
+    return torch.device(name)
 
 
 def ignored_modules(checkpoint: Checkpoint, recipe: Recipe) -> set[str]:
@@ -177,12 +264,15 @@ def _assemble(job: Job, rounded: _Rounded, ignored: set[str], staging: Path, rep
     from gemma_pack.quantization.scheme import describe, quantization_config
 
     base, recipe = job.base, job.recipe
-    changed = {f"{name}.weight" for group in _linear_groups(base) for name in group if name not in ignored}
-    _write_shards(staging, "untouched", [base.tensors[name] for name in sorted(set(base.tensors) - changed)])
-    _write_shards(staging, "quantized", rounded.tensors)
+    changed = _changed(job, ignored)
+    copy_shards(staging, "untouched", [base.tensors[name] for name in sorted(set(base.tensors) - changed)])
+    if rounded.shards:
+        link_shards(staging, rounded.shards)
+    else:
+        copy_shards(staging, "quantized", rounded.tensors)
     write_index(staging, [info for path in sorted(staging.glob("*.safetensors")) for info in read_header(path)])
     towers = [f"re:.*{tower}.*" for tower in _TOWERS if any(tower in name for name in base.tensors)]
-    in_bf16 = ["lm_head", *sorted(ignored), *towers]
+    in_bf16 = ["lm_head", *(spelling for name in sorted(ignored) for spelling in spellings(name)), *towers]
     config = {**base.config, "quantization_config": quantization_config(recipe, in_bf16)}
     (staging / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
     (staging / RECIPE_NAME).write_text(job.recipe_text, "utf-8")
@@ -190,17 +280,21 @@ def _assemble(job: Job, rounded: _Rounded, ignored: set[str], staging: Path, rep
         if path.name not in ("config.json", RECIPE_NAME, "README.md"):
             shutil.copyfile(path, staging / path.name)
     variant = Checkpoint.open(staging)
+    loader = prove_loadable(variant, recipe)
     proof = prove_untouched(base, variant, changed, [info.name for info in rounded.tensors], reporter)
     made = QuantizationRecord(
         recipe=recipe.name,
         recipe_sha256=recipe.digest(),
         scheme=describe(recipe),
         algorithm=recipe.algorithm,
+        format="bitsandbytes" if recipe.for_bitsandbytes else "compressed-tensors",
         calibration=job.windows.record if job.windows else None,
+        smoothing=rounded.smoothing,
         refinement=rounded.refinement,
         device=job.device,
-        versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
+        versions=_versions(recipe),
         untouched=proof,
+        loader=loader,
         base_size_bytes=base.size_bytes,
         size_bytes=variant.size_bytes,
     )
@@ -209,12 +303,21 @@ def _assemble(job: Job, rounded: _Rounded, ignored: set[str], staging: Path, rep
     return record
 
 
+def _changed(job: Job, ignored: set[str]) -> set[str]:
+    """Return the tensors of the base that the recipe replaces."""
+    from gemma_pack.quantization.transforms import norm_of
+
+    groups = [group for group in _linear_groups(job.base) if group[0] not in ignored]
+    norms = [norm_of(group) for group in groups] if job.recipe.smoothing else []
+    return {f"{name}.weight" for group in groups for name in group} | {norm for norm in norms if norm}
+
+
 def _linear_groups(checkpoint: Checkpoint) -> list[list[str]]:
     layers = decoder_linears(checkpoint.config, decoder_prefix(checkpoint.tensors))
     return [group for layer in layers for group in layer]
 
 
-def _require_divisible(checkpoint: Checkpoint, recipe: Recipe, ignored: set[str]) -> None:
+def require_divisible(checkpoint: Checkpoint, recipe: Recipe, ignored: set[str]) -> None:
     """Raise unless the groups divide the input columns of every layer to be quantized."""
     size = recipe.columns_divisor
     for name in (name for group in _linear_groups(checkpoint) for name in group if name not in ignored):
@@ -228,6 +331,10 @@ def _require_divisible(checkpoint: Checkpoint, recipe: Recipe, ignored: set[str]
             raise RecipeError(
                 f"{name} has {info.shape[1]} input columns, which groups of {size} do not divide",
                 hint="use a recipe with smaller groups",
+            )
+        if recipe.scheme == "FP8_BLOCK" and info.shape[0] % size:
+            raise RecipeError(
+                f"{name} has {info.shape[0]} rows, which blocks of {size} do not divide", hint="use fp8-dynamic"
             )
 
 
@@ -250,19 +357,7 @@ def _dumped(text: TextRecord | None) -> dict[str, object] | None:
     return text.model_dump(mode="json") if text else None
 
 
-def _write_shards(directory: Path, kind: str, infos: Iterable[TensorInfo]) -> None:
-    """Copy tensors into `model-<kind>-<number>.safetensors`, each with at most `MAX_SHARD_BYTES` of data.
-
-    The names do not count the shards, and untouched tensors have shards of their own: variants of one model then
-    share those files byte for byte, and a registry stores them once.
-    """
-    shards: list[list[TensorInfo]] = [[]]
-    for info in infos:
-        if shards[-1] and sum(other.size_bytes for other in shards[-1]) + info.size_bytes > MAX_SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(info)
-    for number, shard in enumerate(shards, start=1):
-        write_safetensors(
-            directory / f"model-{kind}-{number:05}.safetensors",
-            [(info.name, info.dtype, info.shape, info.read) for info in shard],
-        )
+def _versions(recipe: Recipe) -> dict[str, str]:
+    """Return the versions of the libraries that shape the bytes."""
+    libraries = ("torch", "bitsandbytes") if recipe.for_bitsandbytes else _LIBRARIES
+    return {name: importlib.metadata.version(name) for name in libraries}

@@ -41,14 +41,17 @@ def make_job(reporter: Reporter) -> Callable[..., Job]:
     """Return a function that makes the job of quantizing a directory by a recipe's text."""
 
     def make(base: Path, recipe_text: str = RECIPE, *, windows: int = 8, seed: int = 1) -> Job:
+        recipe = parse_recipe(recipe_text, origin="tiny.yaml")
         return Job(
             base=Checkpoint.open(base),
             source=check_directory(base, reporter),
-            recipe=parse_recipe(recipe_text, origin="tiny.yaml"),
+            recipe=recipe,
             recipe_text=recipe_text,
             windows=load_windows(
                 "builtin", "calibration", base, samples=windows, sequence_length=64, seed=seed, reporter=reporter
-            ),
+            )
+            if recipe.calibration
+            else None,
             device="cpu",
         )
 

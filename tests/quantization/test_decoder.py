@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from gemma_pack.checkpoint import Checkpoint
-from gemma_pack.quantization.calibrated import _HiddenStates
+from gemma_pack.quantization.calibrated import HiddenStates
 from gemma_pack.quantization.decoder import Decoder
+from gemma_pack.quantization.ranks import Ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gemma3"])
 def test_windows_that_travel_layer_by_layer_end_where_the_whole_model_takes_them(
-    tiny_checkpoints: Callable[[str], Path], family: str
+    tiny_checkpoints: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -25,10 +26,10 @@ def test_windows_that_travel_layer_by_layer_end_where_the_whole_model_takes_them
     # 80 tokens are more than the sliding window of 32, 5 windows are no whole number of batches
     ids = np.random.default_rng(0).integers(4, 500, size=(5, 80), dtype=np.int32)
     decoder = Decoder(Checkpoint.open(directory), torch.device("cpu"))
-    stream = _HiddenStates(decoder, ids)
+    stream = HiddenStates(decoder, ids, tmp_path, Ranks())
     stream.batch = 2
     for index in range(decoder.depth):
-        stream.advance(index, decoder.load_layer(index))
+        stream.advance(index, [])
 
     loader = AutoModelForImageTextToText if family == "gemma3" else AutoModelForCausalLM
     attention = "eager" if family == "gemma2" else "sdpa"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gemma_pack.console import Reporter
+    from gemma_pack.quantization.ranks import Ranks
     from gemma_pack.quantization.variant import Job
 
 REFINING = (
@@ -110,11 +111,11 @@ def test_an_interrupted_refinement_goes_on_and_ends_with_the_same_bytes(
     steps: list[int] = []
     original = refinement._Tuning.take
 
-    def interrupted(self: refinement._Tuning, loss: torch.Tensor) -> None:
+    def interrupted(self: refinement._Tuning, loss: torch.Tensor, ranks: Ranks) -> None:
         if len(steps) == 50:
             raise KeyboardInterrupt
         steps.append(1)
-        original(self, loss)
+        original(self, loss, ranks)
 
     monkeypatch.setattr(refinement._Tuning, "take", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -133,8 +134,8 @@ def test_a_rate_that_makes_it_worse_keeps_the_scales_that_it_began_with(
     object.__setattr__(refining_job, "recipe", refining_job.recipe.model_copy(update={"refinement": wild}))
 
     class Flipped(refinement._Tuning):
-        def take(self, loss: torch.Tensor) -> None:
-            super().take(-20 * loss)
+        def take(self, loss: torch.Tensor, ranks: Ranks) -> None:
+            super().take(-20 * loss, ranks)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refinement, "_Tuning", Flipped)
@@ -146,8 +147,8 @@ def test_a_rate_that_makes_it_worse_keeps_the_scales_that_it_began_with(
 
 def test_a_loss_that_is_not_finite_stops_the_run(refining_job: Job, tmp_path: Path, reporter: Reporter) -> None:
     class Broken(refinement._Tuning):
-        def take(self, loss: torch.Tensor) -> None:
-            super().take(loss * float("nan"))
+        def take(self, loss: torch.Tensor, ranks: Ranks) -> None:
+            super().take(loss * float("nan"), ranks)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refinement, "_Tuning", Broken)

@@ -1,0 +1,81 @@
+"""GPTQ (arXiv 2210.17323): rounding a weight matrix so that its product with what calibration saw changes least.
+
+Columns are rounded one after the other; each column's error is spread over the columns still to come, weighted by the
+Cholesky factor of the inverse Hessian, and columns with large inputs come first. llm-compressor's `quantize_weight`
+does the same; this kernel keeps the matrix transposed, so that a column is one run of memory, and rounds by one
+function instead of a general fake quantization: a third of the time on a CPU, the same codes (the tests compare them).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from gemma_pack.errors import QuantizationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+_INNER_COLUMNS = 32
+"""Columns whose errors are spread one by one; wider blocks get theirs by matrix products."""
+
+
+def gptq(
+    weight: Tensor, scale: Tensor, hessian: Tensor, codes: Callable[[Tensor], Tensor], *, dampening: float, block: int
+) -> Tensor:
+    """Return float32 [rows, columns] on the grid of `scale`.
+
+    Args:
+        weight: float32 [rows, columns].
+        scale: float32, expanded to [rows, columns].
+        hessian: float32 [columns, columns], symmetric.
+        codes: rounds weights that were divided by their scale to what the format can hold, in place or not.
+        dampening: share of the mean of the Hessian's diagonal that is added to it.
+        block: columns rounded between two updates of all the rest.
+
+    Raises:
+        QuantizationError: the Hessian cannot be factorized.
+    """
+    columns = weight.shape[1]
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    factor = _inverse_factor(hessian[order][:, order], dampening)
+    pivots = factor.diagonal()
+    rest, steps = weight.T[order].contiguous(), scale.T[order].contiguous()
+    inverse_steps = steps.reciprocal()
+    rounded, errors = torch.empty_like(rest), torch.empty_like(rest[:block])
+    for begin in range(0, columns, block):
+        end = min(begin + block, columns)
+        for inner in range(begin, end, _INNER_COLUMNS):
+            inner_end = min(inner + _INNER_COLUMNS, end)
+            for column in range(inner, inner_end):
+                torch.mul(codes(rest[column] * inverse_steps[column]), steps[column], out=rounded[column])
+                error = torch.sub(rest[column], rounded[column], out=errors[column - begin]).div_(pivots[column])
+                rest[column + 1 : inner_end].addr_(factor[column, column + 1 : inner_end], error, alpha=-1)
+            done = slice(inner, inner_end)
+            rest[inner_end:end].addmm_(
+                factor[done, inner_end:end].T, errors[inner - begin : inner_end - begin], alpha=-1
+            )
+        rest[end:].addmm_(factor[begin:end, end:].T, errors[: end - begin], alpha=-1)
+    result = torch.empty_like(rounded)
+    result[order] = rounded
+    return result.T.contiguous()
+
+
+def _inverse_factor(hessian: Tensor, dampening: float) -> Tensor:
+    """Return the upper Cholesky factor of the inverse of the dampened Hessian."""
+    dampened = hessian.clone()
+    diagonal = dampened.diagonal()
+    diagonal[diagonal == 0] = 1  # an input that is always zero: its weights do not matter
+    diagonal += dampening * diagonal.mean()
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(dampened))
+        factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    except RuntimeError as error:  # torch's LinAlgError
+        raise QuantizationError(
+            "the Hessian of a layer's inputs is not positive definite",
+            hint="calibrate with more or more varied text, or raise gptq.dampening in the recipe",
+        ) from error
+    return factor

@@ -1,0 +1,104 @@
+"""How much memory quantizing takes, from headers and the recipe alone.
+
+Each path holds what it holds whatever the weights are, so its peak follows from shapes: the sum of what lies in memory
+at the same time, phase by phase, and the largest phase counts. It is an upper estimate: torch may free earlier.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from gemma_pack.gemma import (
+    attention_implementation,
+    decoder_linears,
+    decoder_number,
+    decoder_prefix,
+    is_embedding_or_head,
+)
+
+if TYPE_CHECKING:
+    from gemma_pack.checkpoint import Checkpoint
+    from gemma_pack.recipe import Calibration, Recipe, Refinement
+
+LIBRARIES_BYTES: Final = 400_000_000
+"""Python and torch with their allocator's spare pages: 0.24 GB resident after the imports (measured, torch 2.13)."""
+MODEL_LIBRARIES_BYTES: Final = 900_000_000
+"""With transformers and llm-compressor, 0.55 GB after the imports (measured), and what their first calls add."""
+TOKENS_A_BATCH: Final = 4096
+"""In one forward call of the calibrated path."""
+_PIECES_BYTES: Final = 200_000_000
+"""Pieces of weights under way in the threads of the data-free path."""
+_BF16: Final = 2
+_FLOAT32: Final = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Peak memory in bytes: of the process, and of a GPU where one computes."""
+
+    host_bytes: int
+    device_bytes: int
+
+    @property
+    def without_gpu_bytes(self) -> int:
+        """Of the process where the CPU does all."""
+        return self.host_bytes + self.device_bytes
+
+
+def peak_memory(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration | None) -> Memory:
+    """Return the peak of making a variant of `checkpoint` by `recipe`, with its text or the one said instead."""
+    if calibration is None:
+        return Memory(host_bytes=LIBRARIES_BYTES + _PIECES_BYTES, device_bytes=0)
+    hidden = decoder_number(checkpoint.config, "hidden_size")
+    states = calibration.samples * calibration.sequence_length * hidden * _BF16
+    layerwise = Memory(
+        host_bytes=MODEL_LIBRARIES_BYTES + states,
+        device_bytes=_layerwise_bytes(checkpoint, calibration.sequence_length),
+    )
+    if recipe.refinement is None:
+        return layerwise
+    kept = recipe.refinement.windows * recipe.refinement.sequence_length * hidden * _BF16
+    end_to_end = Memory(
+        host_bytes=MODEL_LIBRARIES_BYTES + kept, device_bytes=_end_to_end_bytes(checkpoint, recipe.refinement)
+    )
+    return max(layerwise, end_to_end, key=lambda memory: memory.without_gpu_bytes)
+
+
+def _layerwise_bytes(checkpoint: Checkpoint, sequence_length: int) -> int:
+    """Embedding, a layer of each kind, the statistics of its inputs, one batch, and rounding the widest group."""
+    shapes = [[_shape(checkpoint, name) for name in group] for group in _layers(checkpoint)[0]]
+    stacked = [(sum(rows for rows, _ in group), group[0][1]) for group in shapes]
+    hessians = sum(columns**2 for _, columns in stacked) * _FLOAT32
+    rounding = max(4 * rows * columns + 3 * columns**2 for rows, columns in stacked) * _FLOAT32
+    weights = sum(rows * columns for rows, columns in stacked) * _BF16
+    forward = TOKENS_A_BATCH * sum(rows for rows, _ in stacked) * 2 * _BF16
+    if attention_implementation(checkpoint.config) == "eager":  # holds the scores, in float32 for the softmax
+        windows = max(1, TOKENS_A_BATCH // sequence_length)
+        heads = decoder_number(checkpoint.config, "num_attention_heads")
+        forward += 2 * windows * heads * sequence_length**2 * _FLOAT32
+    return _embedding_bytes(checkpoint) + 2 * weights + hessians + max(rounding, forward)
+
+
+def _end_to_end_bytes(checkpoint: Checkpoint, refinement: Refinement) -> int:
+    """Model and codes at once, activations kept for the gradient, and a few rows of logits."""
+    linears = {f"{name}.weight" for layer in _layers(checkpoint) for group in layer for name in group}
+    codes = sum(math.prod(checkpoint.tensors[name].shape) for name in linears)
+    rows = sum(checkpoint.tensors[name].shape[0] for name in linears)
+    tokens = refinement.windows_a_step * refinement.sequence_length
+    vocabulary = _embedding_bytes(checkpoint) // _BF16 // decoder_number(checkpoint.config, "hidden_size")
+    return checkpoint.size_bytes + codes + tokens * rows * 3 * _BF16 + 3 * 128 * vocabulary * _FLOAT32
+
+
+def _embedding_bytes(checkpoint: Checkpoint) -> int:
+    return max((info.size_bytes for name, info in checkpoint.tensors.items() if is_embedding_or_head(name)), default=0)
+
+
+def _layers(checkpoint: Checkpoint) -> list[list[list[str]]]:
+    return decoder_linears(checkpoint.config, decoder_prefix(checkpoint.tensors))
+
+
+def _shape(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
+    rows, columns = checkpoint.tensors[f"{module}.weight"].shape
+    return rows, columns
