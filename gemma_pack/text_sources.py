@@ -181,7 +181,7 @@ def _open_dataset(spec: _HubSpec, split: str, *, offline: bool, instead: str) ->
     offline = offline or datasets.config.HF_HUB_OFFLINE
     commit = None if offline else _hub_commit(spec, instead)
     try:
-        with _hub_offline() if offline else nullcontext():
+        with hub_offline() if offline else nullcontext():
             dataset = datasets.load_dataset(spec.name, spec.config, split=split, revision=commit)
     except ConnectionError as error:
         raise OfflineError(
@@ -236,7 +236,7 @@ def _hub_commit(spec: _HubSpec, instead: str) -> str:
 
 
 @contextmanager
-def _hub_offline() -> Iterator[None]:
+def hub_offline() -> Iterator[None]:
     """Keep `datasets` and `huggingface_hub` off the network; both read their switch when a request is made."""
     import datasets
     from huggingface_hub import constants

@@ -16,7 +16,7 @@ from gemma_pack.sources.kept import Source, cache_directory, find_kept, keep
 if TYPE_CHECKING:
     from gemma_pack.console import Reporter
 
-__all__ = ["Source", "cache_directory", "default_output", "obtain"]
+__all__ = ["Source", "cache_directory", "default_output", "is_hub_id", "obtain"]
 
 DEMO: Final = "demo"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -38,7 +38,7 @@ def obtain(model: str, *, revision: str | None, output: Path | None, offline: bo
         SourceError, MachineError, AccessError, OfflineError: see the sources.
     """
     is_directory = bool(model) and Path(model).is_dir()
-    is_hub = model != DEMO and not is_directory and _HUB_ID.fullmatch(model) is not None
+    is_hub = model != DEMO and not is_directory and is_hub_id(model)
     if revision is not None and not is_hub:
         raise InvalidUsageError(f"{model} has no revisions", hint="leave --revision out; it belongs to hub models")
     if model == DEMO:
@@ -57,6 +57,11 @@ def obtain(model: str, *, revision: str | None, output: Path | None, offline: bo
         f"{model} is neither demo, nor an existing directory, nor a hub id",
         hint="a hub id looks like google/gemma-2-9b-it",
     )
+
+
+def is_hub_id(model: str) -> bool:
+    """Say whether `model` is spelled like owner/name."""
+    return _HUB_ID.fullmatch(model) is not None
 
 
 def default_output(model: str) -> Path | None:

@@ -73,7 +73,7 @@ def look_up(model_id: str, revision: str | None) -> Snapshot:
         AccessError: the token is not valid.
         OfflineError: the hub cannot be reached.
     """
-    with _translated_errors(model_id, revision):
+    with translated_errors(model_id, revision):
         api = HfApi(endpoint=_endpoint(), library_name="gemma-pack", library_version=__version__)
         info = api.model_info(model_id, revision=revision, files_metadata=True, timeout=_API_TIMEOUT_S)
     if not info.sha or not COMMIT.fullmatch(info.sha):
@@ -152,7 +152,7 @@ def _fill(snapshot: Snapshot, staging: Path, reporter: Reporter) -> SourceRecord
         raise SourceError(
             f"{snapshot.model_id} has no config.json", hint="use the repository that holds the transformers checkpoint"
         )
-    with _translated_errors(snapshot.model_id, snapshot.commit):
+    with translated_errors(snapshot.model_id, snapshot.commit):
         _bring("config.json", config, staging, reporter)
         require_supported(read_json(staging / "config.json"))  # before gigabytes are fetched
         _bring("tokenizer", small, staging, reporter)
@@ -245,7 +245,7 @@ def _spelled(name: object, other_name: object) -> str:
 
 
 @contextmanager
-def _translated_errors(model_id: str, revision: str | None) -> Iterator[None]:
+def translated_errors(model_id: str, revision: str | None) -> Iterator[None]:
     """Turn what huggingface_hub and httpx raise into our errors."""
     page = f"{_endpoint()}/{model_id}"
     login = "hf auth login"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from gemma_pack.console import Console
 from gemma_pack.disk import write_atomic
 from gemma_pack.errors import InvalidUsageError, OfflineError
 from gemma_pack.sources import hub
@@ -47,6 +48,14 @@ def obtain_pinned(
         reporter.warn(f"{error.message}; going on with commit {found.record.revision}, which is on this machine")
         return found
     return request.fetch(snapshot)
+
+
+def find_pinned(model_id: str, revision: str | None) -> Source | None:
+    """Return what gemma-pack's cache has of `model_id` at `revision`, without a look at the hub or at its bytes."""
+    request = _Request(model_id, revision, None, Console("quiet"))
+    if found := request.find_commit_given():
+        return found
+    return request.find(request.ref.read_text("utf-8")) if request.ref.is_file() else None
 
 
 @dataclass(frozen=True, slots=True)

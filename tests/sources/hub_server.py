@@ -155,14 +155,15 @@ class _Handler(BaseHTTPRequestHandler):
         content = hub.models[model_id][path]
         if path in hub.corrupt:
             content = content[:-1] + bytes([content[-1] ^ 1])
-        begin = 0
+        begin, end = 0, len(content)
         headers = {"Accept-Ranges": "bytes"}
         asked = self.headers.get("Range")
         if asked and hub.ranges:
-            begin = int(asked.removeprefix("bytes=").removesuffix("-"))
-            headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            begin, end = int(first), min(end, int(last) + 1) if last else end
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(content)}"
         cut = hub.cut_after[path].pop(0) if hub.cut_after.get(path) else None
-        self._send(206 if "Content-Range" in headers else 200, content[begin:], headers, cut)
+        self._send(206 if "Content-Range" in headers else 200, content[begin:end], headers, cut)
 
     def _error(self, status: int, code: str | None, message: str = "refused") -> None:
         headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
