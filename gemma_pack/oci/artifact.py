@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gemma_pack.oci.image import Document, Image, created_time, describe_layers
 from gemma_pack.oci.labels import image_annotations
-from gemma_pack.oci.layers import MODELS_DIRECTORY, LayerEntry, group_entries, read_file
+from gemma_pack.oci.layers import MODELS_DIRECTORY, LayerEntry, group_entries
 from gemma_pack.oci.manifest import MANIFEST_TYPE, Manifest, describe, encode_json
 from gemma_pack.record import read_record
 
@@ -80,7 +80,7 @@ class RawFile:
 
     def iter_chunks(self, start: int = 0) -> Iterator[bytes]:
         """Yield the file's bytes from offset `start` on, in pieces of at most 1 MiB."""
-        return read_file(self.entry.source, self.size_bytes, start) if self.entry.source else iter(())
+        return self.entry.iter_chunks(start)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

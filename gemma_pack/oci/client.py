@@ -19,7 +19,17 @@ import httpx
 
 from gemma_pack.errors import RegistryError
 from gemma_pack.oci.image import Document
-from gemma_pack.oci.manifest import INDEX_TYPES, MANIFEST_TYPES, Descriptor, sha256_digest
+from gemma_pack.oci.manifest import (
+    INDEX_TYPE,
+    INDEX_TYPES,
+    MANIFEST_TYPE,
+    MANIFEST_TYPES,
+    Descriptor,
+    Index,
+    parse_json,
+    sha256_digest,
+)
+from gemma_pack.oci.reference import is_tag
 from gemma_pack.oci.retry import AnswerError, Retry
 from gemma_pack.oci.transport import Answer, Timeouts, Transport
 
@@ -33,6 +43,8 @@ _ACCEPT: Final = ", ".join(sorted(INDEX_TYPES) + sorted(MANIFEST_TYPES))
 _BINARY: Final = "application/octet-stream"
 FRESH_FOR_S: Final = 60.0
 """A token that closes an upload is at least this fresh: registries check it again when they commit."""
+MAX_TAGS: Final = 100
+MAX_REFERRER_PAGES: Final = 20
 STALL_WINDOW_S: Final = 60.0
 STALL_BYTES: Final = 64 << 10
 """A download slower than this in a whole window counts as broken: a trickle never trips a timeout on silence."""
@@ -196,15 +208,26 @@ class RegistryClient:
         Raises:
             RegistryError: there is none, or its bytes are not those of its digest.
         """
+        found = self.find_manifest(target)
+        if found is None:
+            raise RegistryError(
+                f"{self.transport.host} has no image {self.reference.repository} under {target}",
+                hint="check the repository and the tag; skopeo list-tags shows what there is",
+            )
+        return found
+
+    def find_manifest(self, target: str) -> Document | None:
+        """Return the manifest or index behind a tag or a digest, or None where there is none.
+
+        Raises:
+            RegistryError: its bytes are not those of its digest.
+        """
         url = self._url(f"manifests/{target}")
         answer = self.transport.request(
             "GET", url, expected=(200, 404), scopes=(self._scope,), headers={"Accept": _ACCEPT}
         )
         if answer.status == 404:
-            raise RegistryError(
-                f"{self.transport.host} has no image {self.reference.repository} under {target}",
-                hint="check the repository and the tag; skopeo list-tags shows what there is",
-            )
+            return None
         digest = sha256_digest(answer.body)
         if target.startswith("sha256:") and digest != target:
             raise RegistryError(f"{self.transport.host} sent other bytes than those of {target}")
@@ -213,24 +236,55 @@ class RegistryClient:
         descriptor = Descriptor(media_type=media_type, digest=digest, size_bytes=len(answer.body))
         return Document(data=answer.body, descriptor=descriptor)
 
+    def tags(self) -> tuple[str, ...]:
+        """Return tags of images, at most those of one answer; none where it has none or does not say."""
+        answer = self.transport.request(
+            "GET", self._url(f"tags/list?n={MAX_TAGS}"), expected=range(200, 600), scopes=(self._scope,)
+        )
+        if answer.status != 200:
+            return ()
+        tags = parse_json(answer.body, origin=f"the list of tags of {self.reference.repository}").get("tags")
+        return tuple(filter(_names_an_image, tags)) if isinstance(tags, list) else ()
+
     def put_manifest(self, target: str, data: bytes, media_type: str) -> str:
         """Store a manifest or index under a tag or its digest, and return its digest.
 
         Raises:
             RegistryError: the registry took it for something with another digest.
         """
-        digest = sha256_digest(data)
-        answer = self.transport.request(
-            "PUT",
-            self._url(f"manifests/{target}"),
-            expected=(200, 201, 202),
-            scopes=(self._scope,),
-            headers={"Content-Type": media_type},
-            content=data,
-            fresh_for_s=FRESH_FOR_S,
-        )
-        self._check_echo(answer, digest)
-        return digest
+        self._put_manifest(target, data, media_type)
+        return sha256_digest(data)
+
+    def put_referrer(self, data: bytes) -> bool:
+        """Store a manifest that has a subject under its digest; tell whether the registry lists it as a referrer.
+
+        One that does not know referrers takes it for any manifest, and says nothing (distribution-spec, "Pushing
+        Manifests with Subject").
+        """
+        answer = self._put_manifest(sha256_digest(data), data, MANIFEST_TYPE)
+        return "oci-subject" in answer.headers
+
+    def referrers(self, digest: str) -> list[Descriptor] | None:
+        """Return what refers to a manifest, as the registry lists it; None where it keeps no such list.
+
+        Raises:
+            RegistryError: the list is broken, or too long.
+        """
+        url = self._url(f"referrers/{digest}")
+        found: list[Descriptor] = []
+        for _ in range(MAX_REFERRER_PAGES):
+            answer = self.transport.request(
+                "GET", url, expected=(200, 404), scopes=(self._scope,), headers={"Accept": INDEX_TYPE}
+            )
+            # what stands before a registry may answer any path with a page of its own
+            if answer.status == 404 or answer.headers.get("content-type", "").partition(";")[0].strip() != INDEX_TYPE:
+                return None
+            found += Index.parse(answer.body, origin=f"the list of referrers of {digest}").manifests
+            following = re.match(r'<([^>]+)>;\s*rel="?next"?', answer.headers.get("link", ""))
+            if not following:
+                return found
+            url = self.transport.resolve(answer.url, following[1])
+        raise RegistryError(f"{self.transport.host} lists the referrers of {digest} without end")
 
     @contextmanager
     def open_blob(self, digest: str, start: int = 0, end: int | None = None) -> Iterator[BlobStream]:
@@ -268,6 +322,19 @@ class RegistryClient:
     def _url(self, path: str) -> httpx.URL:
         return self.transport.base.join(f"/v2/{self.reference.repository}/{path}")
 
+    def _put_manifest(self, target: str, data: bytes, media_type: str) -> Answer:
+        answer = self.transport.request(
+            "PUT",
+            self._url(f"manifests/{target}"),
+            expected=(200, 201, 202),
+            scopes=(self._scope,),
+            headers={"Content-Type": media_type},
+            content=data,
+            fresh_for_s=FRESH_FOR_S,
+        )
+        self._check_echo(answer, sha256_digest(data))
+        return answer
+
     def _session(self, answer: Answer, default: httpx.URL | None = None) -> Upload:
         location = answer.headers.get("location", "")
         url = default if default and not location else self.transport.resolve(answer.url, location)
@@ -284,6 +351,11 @@ class RegistryClient:
                 f"{self.transport.host} stored {echoed} where {digest} was sent",
                 hint="something between here and the registry changes what passes through",
             )
+
+
+def _names_an_image(tag: object) -> bool:
+    """Tell a tag from what is none, and from those under which lists of referrers and signatures are kept."""
+    return isinstance(tag, str) and is_tag(tag) and not re.match(r"sha256-[0-9a-f]{64}", tag)
 
 
 def _closing(upload: Upload, digest: str) -> httpx.URL:

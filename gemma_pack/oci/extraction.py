@@ -38,9 +38,14 @@ MAX_GZIP_RATIO: Final = 100
 _PIECE_BYTES: Final = 1 << 20
 
 
+def is_raw(media_type: str) -> bool:
+    """Whether a layer is a file as it is (ModelPack, model-spec: `…weight.v1.raw`, `…doc.v1.raw`)."""
+    return media_type.endswith(".raw")
+
+
 def require_known(layer: Descriptor, origin: str) -> None:
-    """Raise RegistryError for a layer that is neither a tar nor a gzipped tar."""
-    if layer.media_type in PLAIN_TYPES | GZIP_TYPES:
+    """Raise RegistryError for a layer that is neither a tar, nor a gzipped tar, nor a raw file."""
+    if layer.media_type in PLAIN_TYPES | GZIP_TYPES or is_raw(layer.media_type):
         return
     if layer.media_type.endswith("zstd"):
         raise RegistryError(
@@ -48,7 +53,8 @@ def require_known(layer: Descriptor, origin: str) -> None:
             hint="build it with uncompressed layers, as gemma-pack package does",
         )
     raise RegistryError(
-        f"{origin} holds {layer.media_type}, not the tar of a container image", hint="name a modelcar image"
+        f"{origin} holds {layer.media_type}, neither the tar of a container image nor a file of a model",
+        hint="name a modelcar image, or an artifact of raw files",
     )
 
 

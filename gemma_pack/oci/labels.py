@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _SPDX: Final = {"apache-2.0": "Apache-2.0", "mit": "MIT"}
 """The hub's names of licences that SPDX knows; the Gemma terms are not among them."""
-_HUB_PAGE: Final = "https://huggingface.co/"
+HUB_PAGE: Final = "https://huggingface.co/"
 
 
 def image_annotations(checkpoint: Checkpoint, created: str) -> dict[str, str]:
@@ -65,19 +65,24 @@ def image_labels(texts: Mapping[str, str]) -> dict[str, str]:
     return dict(sorted({**texts, **red_hat}.items()))
 
 
+def variant_title(record: Record) -> str:
+    """Return what a variant is called wherever it lies: the base's short name and the recipe."""
+    short = record.source.model_id.rsplit("/", 1)[-1].lower()
+    return f"{short}-quantized.{record.quantization.recipe}" if record.quantization else short
+
+
 def _from_record(record: Record) -> dict[str, str]:
     source, quantization, validation = record.source, record.quantization, record.validation
-    short = source.model_id.rsplit("/", 1)[-1].lower()
     sentences = [source.model_id + (f" at {source.revision}" if source.revision else "")]
     texts = {
-        "org.opencontainers.image.title": f"{short}-quantized.{quantization.recipe}" if quantization else short,
+        "org.opencontainers.image.title": variant_title(record),
         "org.opencontainers.image.licenses": _SPDX.get(source.license, f"LicenseRef-{source.license}"),
         "gemma-pack.model": source.model_id,
     }
     if source.revision:
         texts["org.opencontainers.image.revision"] = source.revision
     if source.kind == "hub":
-        texts["org.opencontainers.image.url"] = _HUB_PAGE + source.model_id
+        texts["org.opencontainers.image.url"] = HUB_PAGE + source.model_id
     if quantization:
         sentences[0] += f", quantized by recipe {quantization.recipe}: {quantization.scheme}"
         texts["gemma-pack.recipe"] = quantization.recipe

@@ -57,6 +57,14 @@ class LayerEntry:
             return member_header(self.name, 0, 0o755, DIRECTORY)
         return member_header(self.name, self.size_bytes, 0o644, REGULAR)
 
+    def iter_chunks(self, start: int = 0) -> Iterator[bytes]:
+        """Yield the file's bytes from offset `start` on, in pieces of at most 1 MiB; a directory has none.
+
+        Raises:
+            CheckpointError: the file is gone, or has another size than when it was planned.
+        """
+        return read_file(self.source, self.size_bytes, start) if self.source else iter(())
+
 
 class Layer(Protocol):
     """What a plan knows of a layer before it is read: a tar that is made on the way, or a file as it is."""
@@ -115,8 +123,8 @@ class LayerSource:
             CheckpointError: a file is gone, or has another size than when the layer was planned.
         """
         position = 0
-        for part in self._parts():
-            size = len(part) if isinstance(part, bytes) else part[1]
+        for part in self.parts():
+            size = len(part) if isinstance(part, bytes) else part.size_bytes
             skip = max(0, start - position)
             position += size
             if skip >= size:
@@ -124,14 +132,14 @@ class LayerSource:
             if isinstance(part, bytes):
                 yield part[skip:]
             else:
-                yield from read_file(*part, skip)
+                yield from part.iter_chunks(skip)
 
-    def _parts(self) -> Iterator[bytes | tuple[Path, int]]:
-        """Yield the tar in order: bytes as they are, and the path and size of a file for its content."""
+    def parts(self) -> Iterator[bytes | LayerEntry]:
+        """Yield the tar in order: headers, padding and end mark as bytes, and the files for their content."""
         for entry in self.entries:
             yield entry.header()
-            if entry.source and entry.size_bytes:
-                yield entry.source, entry.size_bytes
+            if entry.source:
+                yield entry
                 yield bytes(padded(entry.size_bytes) - entry.size_bytes)
         yield END
 
@@ -145,7 +153,12 @@ def plan_layers(checkpoint: Checkpoint) -> tuple[LayerSource, ...]:
         CheckpointError: the directory holds something that must not go into an image: a link that leaves it, a
             pickle, a special file, a shard that the index does not name.
     """
-    groups = group_entries(checkpoint)
+    return arrange_layers(_collect(checkpoint))
+
+
+def arrange_layers(entries: Iterable[LayerEntry]) -> tuple[LayerSource, ...]:
+    """Return the layers that files are packed in; nothing is read, so the files need not be there yet."""
+    groups = _grouped(entries)
     layers = [
         _layer(groups["tokenizer"], "tokenizer.tar"),
         *_weight_layers(groups["weights"]),
@@ -162,8 +175,12 @@ def group_entries(checkpoint: Checkpoint) -> dict[str, list[LayerEntry]]:
     Raises:
         CheckpointError: as `plan_layers`.
     """
+    return _grouped(_collect(checkpoint))
+
+
+def _grouped(entries: Iterable[LayerEntry]) -> dict[str, list[LayerEntry]]:
     groups: dict[str, list[LayerEntry]] = {"tokenizer": [], "weights": [], "configuration": [], "documents": []}
-    for entry in _collect(checkpoint):
+    for entry in entries:
         groups[_group(entry)].append(entry)
     return groups
 

@@ -128,6 +128,25 @@ class Layout:
         return [(descriptor, self.read_manifest(descriptor)) for descriptor in self.read_index(root).manifests]
 
 
+class BlobSink:
+    """Takes a blob piece by piece, and knows the digest of what it took."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        """Begin an empty blob in `stream`."""
+        self._stream = stream
+        self._hash = hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        """The digest of all that was written."""
+        return f"sha256:{self._hash.hexdigest()}"
+
+    def write(self, data: bytes) -> None:
+        """Take the next bytes."""
+        self._hash.update(data)
+        self._stream.write(data)
+
+
 class LayoutWriter:
     """Writes blobs into a layout that `create_layout` finishes. Several threads may write at once."""
 
@@ -151,10 +170,20 @@ class LayoutWriter:
             chunks: the blob's bytes, in order.
             advance: told the size in bytes of each piece once it is written.
         """
+        with self.open_blob() as blob:
+            for chunk in chunks:
+                blob.write(chunk)
+                if advance:
+                    advance(len(chunk))
+        return blob.digest
+
+    @contextmanager
+    def open_blob(self) -> Iterator[BlobSink]:
+        """Yield what takes a blob's bytes; the blob is in the layout when the block ends without an error."""
         with tempfile.NamedTemporaryFile(dir=self.directory, prefix=".partial-", delete=False) as stream:
-            digest = hash_stream(_tee(chunks, stream), advance)
-        Path(stream.name).rename(self._blobs / digest.removeprefix("sha256:"))
-        return digest
+            sink = BlobSink(stream)
+            yield sink
+        Path(stream.name).rename(self._blobs / sink.digest.removeprefix("sha256:"))
 
     def add_image(self, descriptor: Descriptor) -> None:
         """List an index or a manifest, whose blobs are all written, in index.json."""
@@ -187,12 +216,6 @@ def hash_stream(chunks: Iterable[bytes], advance: Callable[[int], None] | None =
         if advance:
             advance(len(chunk))
     return f"sha256:{state.hexdigest()}"
-
-
-def _tee(chunks: Iterable[bytes], stream: IO[bytes]) -> Iterator[bytes]:
-    for chunk in chunks:
-        stream.write(chunk)
-        yield chunk
 
 
 def _read(path: Path, directory: Path) -> bytes:

@@ -157,7 +157,7 @@ class Manifest:
             RegistryError: it is not a manifest of an OCI or Docker image.
         """
         document = parse_json(data, origin=origin)
-        media_type = document.get("mediaType", MANIFEST_TYPE)
+        media_type = _optional_text(document, "mediaType", origin) or MANIFEST_TYPE
         if media_type not in MANIFEST_TYPES:
             raise RegistryError(f"{origin} is {media_type!r}, not an image manifest")
         layers = document.get("layers")
@@ -198,7 +198,7 @@ class Index:
             RegistryError: it is not an index of OCI or Docker manifests.
         """
         document = parse_json(data, origin=origin)
-        media_type = document.get("mediaType", INDEX_TYPE)
+        media_type = _optional_text(document, "mediaType", origin) or INDEX_TYPE
         if media_type not in INDEX_TYPES:
             raise RegistryError(f"{origin} is {media_type!r}, not an image index")
         manifests = document.get("manifests")

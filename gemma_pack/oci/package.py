@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gemma_pack.console import Reporter
     from gemma_pack.oci.image import Image
     from gemma_pack.oci.layers import Layer
+    from gemma_pack.oci.layout import LayoutWriter
     from gemma_pack.oci.manifest import Platform
 
     Plan = ImagePlan | ArtifactPlan
@@ -93,11 +94,7 @@ def package(
         RegistryError: the base is broken.
         MachineError: the disk has no room.
     """
-    if target.resolve().is_relative_to(directory.resolve()):
-        raise InvalidUsageError(
-            f"{target} lies inside {directory}, and the next image would contain it",
-            hint="choose another place with -o",
-        )
+    refuse_inside(target, directory)
     checkpoint = Checkpoint.open(directory)
     if kind == "artifact" and (base != EMBEDDED or platforms):
         raise InvalidUsageError(
@@ -107,15 +104,30 @@ def package(
     already_there = (target / "oci-layout").is_file()
     image = _recognize(plan, target, reporter) if already_there else _write(plan, target, reporter)
     if kind == "artifact":
-        _warn_of_twins(image, reporter)
+        warn_for_ilab(image, reporter)
+    return describe_package(plan, image, target, base=base, already_there=already_there)
+
+
+def refuse_inside(target: Path, directory: Path) -> None:
+    """Raise InvalidUsageError if `target` would lie in `directory`, which it is made from."""
+    if target.resolve().is_relative_to(directory.resolve()):
+        raise InvalidUsageError(
+            f"{target} lies inside {directory}, and the next image would contain it",
+            hint="choose another place with -o",
+        )
+
+
+def describe_package(plan: Plan, image: Image, target: Path, *, base: str, already_there: bool) -> PackageResult:
+    """Return what is in the layout `target` now."""
     sources: Sequence[Layer] = plan.layers
+    modelcar = plan if isinstance(plan, ImagePlan) else None
     return PackageResult(
-        kind=kind,
+        kind="modelcar" if modelcar else "artifact",
         layout=target,
         digest=image.root.digest,
         size_bytes=image.size_bytes,
-        platforms=tuple(str(one.platform) for one in plan.bases) if isinstance(plan, ImagePlan) else (),
-        base=base if isinstance(plan, ImagePlan) else None,
+        platforms=tuple(str(one.platform) for one in modelcar.bases) if modelcar else (),
+        base=base if modelcar else None,
         layers=tuple(
             PackagedLayer(
                 title=source.title,
@@ -129,8 +141,22 @@ def package(
     )
 
 
-def _warn_of_twins(image: Image, reporter: Reporter) -> None:
-    """Warn where two files of an artifact are one blob: ilab's table from blobs to names keeps one name a blob."""
+def write_base(plan: Plan, writer: LayoutWriter) -> None:
+    """Copy the layers of the base into a layout; raise RegistryError where one is damaged."""
+    for blob in plan.base_layers:
+        if writer.write_stream(blob.iter_chunks()) != blob.descriptor.digest:
+            raise RegistryError(f"the base is damaged: {blob.path} has another digest", hint="fetch the base again")
+
+
+def write_documents(image: Image, writer: LayoutWriter) -> None:
+    """Write the documents of an image, all of whose layers are in the layout, and list it there."""
+    for document in image.documents:
+        writer.write_document(document.data)
+    writer.add_image(image.root)
+
+
+def warn_for_ilab(image: Image, reporter: Reporter) -> None:
+    """Warn where ilab would lose files of an artifact: it keeps one name a blob, and makes no directories."""
     names: dict[str, list[str]] = {}
     for layer in image.layers:
         names.setdefault(layer.digest, []).append(layer.title or layer.digest)
@@ -139,19 +165,18 @@ def _warn_of_twins(image: Image, reporter: Reporter) -> None:
             reporter.warn(
                 f"{' and '.join(twins)} have the same bytes, and ilab model download will write only the last"
             )
+    nested = [name for found in names.values() for name in found if "/" in name]
+    if nested:
+        reporter.warn(f"{nested[0]} lies in a directory, which ilab model download does not make")
 
 
 def _write(plan: Plan, target: Path, reporter: Reporter) -> Image:
     refuse_existing(target)
     require_space(target, plan.size_bytes)
     with create_layout(target) as writer:
-        for blob in plan.base_layers:
-            if writer.write_stream(blob.iter_chunks()) != blob.descriptor.digest:
-                raise RegistryError(f"the base is damaged: {blob.path} has another digest", hint="fetch the base again")
+        write_base(plan, writer)
         image = plan.assemble(_read_layers(plan, writer.write_stream, f"packaging {target.name}", reporter))
-        for document in image.documents:
-            writer.write_document(document.data)
-        writer.add_image(image.root)
+        write_documents(image, writer)
     return image
 
 
@@ -190,11 +215,12 @@ def _read_layers(plan: Plan, read: Read, label: str, reporter: Reporter) -> list
     """Read every layer through `read`, several at a time, and return their digests in order."""
     stop = threading.Event()
     with reporter.progress(label, sum(layer.size_bytes for layer in plan.layers), "bytes") as task:
-        jobs = [partial(read, _until(stop, layer.iter_chunks()), task.advance) for layer in plan.layers]
+        jobs = [partial(read, until(stop, layer.iter_chunks()), task.advance) for layer in plan.layers]
         return in_parallel(jobs, stop)
 
 
-def _until(stop: threading.Event, chunks: Iterator[bytes]) -> Iterator[bytes]:
+def until(stop: threading.Event, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield `chunks` as long as nothing has asked to stop."""
     for chunk in chunks:
         if stop.is_set():
             return

@@ -1,6 +1,6 @@
 """Pulling: the checkpoint in an image comes to lie in a directory, whole or not at all.
 
-    .NAME.pull/           beside the directory, private: the layers, as `extraction` describes them
+    .NAME.pull/           beside the directory, private: the layers, as `extraction` and `raw_files` describe them
     .NAME.pull/image-HEX/ the checkpoint put together from its layers, in order; it becomes NAME
     .NAME.pulled.json     which image NAME came from, so that the same command twice does nothing the second time
 
@@ -24,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from gemma_pack.checkpoint import Checkpoint
 from gemma_pack.disk import publish, refuse_existing, require_space, write_atomic
 from gemma_pack.errors import CheckpointError, InvalidUsageError, RegistryError
-from gemma_pack.oci.extraction import LayerExtraction, require_known
+from gemma_pack.oci.extraction import LayerExtraction, is_raw, require_known
+from gemma_pack.oci.raw_files import RawExtraction, place_raw, raw_paths
 from gemma_pack.oci.retry import AnswerError
 from gemma_pack.oci.source import DEFAULT_PLATFORM, Resolved, open_source, resolve
 from gemma_pack.oci.transfer import in_parallel
@@ -34,10 +35,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from gemma_pack.console import Reporter
-    from gemma_pack.oci.manifest import Platform
+    from gemma_pack.oci.manifest import Descriptor, Platform
     from gemma_pack.oci.reference import Reference
     from gemma_pack.oci.retry import Retry
     from gemma_pack.oci.source import ImageSource
+
+    Extraction = LayerExtraction | RawExtraction
 
 _TRIES: Final = 2
 """Of a layer whose bytes arrive damaged."""
@@ -94,7 +97,7 @@ def pull(
     retry: Retry | None = None,
     reporter: Reporter,
 ) -> PullResult:
-    """Bring the checkpoint of an image into the directory `target`.
+    """Bring the checkpoint of an image, or of an artifact of raw files, into the directory `target`.
 
     Args:
         image: a reference, or an OCI layout on disk.
@@ -182,12 +185,10 @@ def _fetch(source: ImageSource, resolved: Resolved, staging: Path, target: Path,
     titles = [f"{source.name}: layer {_printable(layer.title) or layer.digest}" for layer in layers]
     for layer, title in zip(layers, titles, strict=True):
         require_known(layer, title)
+    raw_paths(resolved.manifest, source.name)
     _tidy(staging, resolved)
-    missing = [
-        LayerExtraction(staging, layer, title)
-        for layer, title in zip(layers, titles, strict=True)
-        if not (staging / layer.hex).is_dir()
-    ]
+    extractions = [_extraction(staging, layer, title) for layer, title in zip(layers, titles, strict=True)]
+    missing = [extraction for extraction in extractions if not extraction.done.is_dir()]
     missing.sort(key=lambda extraction: -extraction.layer.size_bytes)
     present = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
     require_space(target, max(0, sum(layer.size_bytes for layer in layers) - present))
@@ -209,7 +210,11 @@ def _tidy(staging: Path, resolved: Resolved) -> None:
             shutil.rmtree(path)
 
 
-def _fetch_layer(source: ImageSource, extraction: LayerExtraction, advance: Callable[[int], None]) -> tuple[int, int]:
+def _extraction(staging: Path, layer: Descriptor, title: str) -> Extraction:
+    return (RawExtraction if is_raw(layer.media_type) else LayerExtraction)(staging, layer, title)
+
+
+def _fetch_layer(source: ImageSource, extraction: Extraction, advance: Callable[[int], None]) -> tuple[int, int]:
     """Bring one layer, once more where its bytes were damaged, and return the bytes downloaded and read back."""
     downloaded = 0
     with extraction:
@@ -234,7 +239,7 @@ def _fetch_layer(source: ImageSource, extraction: LayerExtraction, advance: Call
     )
 
 
-def _download(source: ImageSource, extraction: LayerExtraction, advance: Callable[[int], None]) -> int:
+def _download(source: ImageSource, extraction: Extraction, advance: Callable[[int], None]) -> int:
     """Ask for what is missing of a layer until it is there, and return its size in bytes."""
     begin = extraction.offset
     attempt = 1
@@ -252,7 +257,7 @@ def _download(source: ImageSource, extraction: LayerExtraction, advance: Callabl
     return extraction.offset - begin
 
 
-def _stream(source: ImageSource, extraction: LayerExtraction, advance: Callable[[int], None]) -> None:
+def _stream(source: ImageSource, extraction: Extraction, advance: Callable[[int], None]) -> None:
     """Follow one answer to its end; raise AnswerError where it ends too early."""
     with source.open_blob(extraction.layer.digest, extraction.offset) as stream:
         before = extraction.offset - stream.offset  # sent again by a registry that knows no ranges
@@ -280,9 +285,13 @@ def _put_together(source: ImageSource, resolved: Resolved, staging: Path, target
     """Lay the layers over one another, check the checkpoint, and give it its name."""
     image = _image_path(staging, resolved)
     image.mkdir(exist_ok=True)
+    paths = raw_paths(resolved.manifest, source.name)
     layers = [layer.hex for layer in resolved.manifest.layers]
     for hex_digest in reversed(list(dict.fromkeys(reversed(layers)))):  # a layer that occurs twice counts where last
-        _overlay(staging / hex_digest / "files", image, source.name)
+        if hex_digest in paths:
+            place_raw(staging / f"{hex_digest}.raw" / "file", image, paths[hex_digest], source.name)
+        else:
+            _overlay(staging / hex_digest / "files", image, source.name)
     try:
         Checkpoint.open(image)
     except CheckpointError as error:

@@ -1,29 +1,35 @@
 """Pushing: an image goes from a layout, or straight from a checkpoint's directory, into a registry.
 
 Blobs first, then the manifests, then the index under its tag: the tag never names an image that is not whole. Then the
-registry is asked for everything again. The same command after an interruption sends what is still missing.
+registry is asked for everything again. The same command after an interruption, or `kill -9`, sends what is still
+missing; `journal` says what it goes by. A checkpoint's files are read once, hashed while they are sent, and copied
+nowhere.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
 from gemma_pack.checkpoint import Checkpoint
-from gemma_pack.errors import InvalidUsageError, RegistryError
+from gemma_pack.errors import CheckpointError, InvalidUsageError, RegistryError
+from gemma_pack.oci.body import Blob
 from gemma_pack.oci.client import RegistryClient
 from gemma_pack.oci.image import Document, plan_image
+from gemma_pack.oci.journal import PushJournal, fingerprint
 from gemma_pack.oci.layers import read_file
 from gemma_pack.oci.layout import Layout, hash_stream
 from gemma_pack.oci.manifest import INDEX_TYPES, MANIFEST_TYPES, Descriptor
 from gemma_pack.oci.reference import Reference, parse_reference, repository_on
+from gemma_pack.oci.siblings import Siblings
 from gemma_pack.oci.source import is_layout
 from gemma_pack.oci.transfer import in_parallel
-from gemma_pack.oci.upload import Blob, Outcome, Uploader
+from gemma_pack.oci.upload import Outcome, Uploader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,8 +40,8 @@ if TYPE_CHECKING:
     from gemma_pack.oci.layers import LayerSource
     from gemma_pack.oci.retry import Retry
 
-    Job = Callable[[Uploader], tuple[Descriptor, Outcome]]
-    """Brings one blob through an uploader."""
+    Job = Callable[[Uploader, Siblings], tuple[Descriptor, Outcome]]
+    """Brings one blob through an uploader, beside the images that are there."""
 
 
 class PushResult(BaseModel):
@@ -53,6 +59,10 @@ class PushResult(BaseModel):
     uploaded_bytes: int
     existed_bytes: int
     mounted_bytes: int
+    shared_bytes: int
+    """Of those that were not uploaded: what the image `shared_with` has, too."""
+    shared_with: str | None
+    """The tag, of this repository unless it names another one, that has the most bytes in common with this image."""
     seconds: float
 
 
@@ -87,13 +97,16 @@ def push(
     begin_s = time.monotonic()
     repositories = [repository_on(reference.host, text) for text in mount_from]
     upload = _from_layout(Layout.open(source)) if is_layout(source) else _from_plan(_plan(source))
-    with (
-        RegistryClient(reference, writable=True, plain_http=plain_http, ca_file=ca_file, retry=retry) as client,
-        reporter.progress(f"pushing to {reference.host}", upload.size_bytes, "bytes") as task,
-    ):
+    with ExitStack() as stack:
+        connect = partial(RegistryClient, plain_http=plain_http, ca_file=ca_file, retry=retry)
+        client = stack.enter_context(connect(reference, writable=True))
         client.ping()
-        uploader = Uploader(client, mount_from=repositories, advance=task.advance)
-        moved = in_parallel([partial(job, uploader) for job in upload.jobs], client.patience.stop)
+        others = [stack.enter_context(connect(replace(reference, repository=name))) for name in repositories]
+        siblings = Siblings.find([client, *others], reference.tag or reference.target)
+        journal = stack.enter_context(PushJournal.beside(source, f"{reference.host}/{reference.repository}"))
+        task = stack.enter_context(reporter.progress(f"pushing to {reference.host}", upload.size_bytes, "bytes"))
+        uploader = Uploader(client, mount_from=repositories, journal=journal, advance=task.advance)
+        moved = in_parallel([partial(job, uploader, siblings) for job in upload.jobs], client.patience.stop)
         documents = upload.documents([descriptor.digest for descriptor, _ in moved])
         moved += [_bring_document(uploader, document) for document in documents if not _is_manifest(document)]
         digest = _tag(client, [document for document in documents if _is_manifest(document)])
@@ -102,6 +115,8 @@ def push(
     totals = dict.fromkeys(("uploaded", "existed", "mounted"), 0)
     for descriptor, outcome in moved:
         totals[outcome] += descriptor.size_bytes
+    there = [descriptor.digest for descriptor, outcome in moved if outcome != "uploaded"]
+    shared_with, shared_bytes = siblings.most_shared(there)
     return PushResult(
         reference=str(reference),
         digest=digest,
@@ -110,6 +125,8 @@ def push(
         uploaded_bytes=totals["uploaded"],
         existed_bytes=totals["existed"],
         mounted_bytes=totals["mounted"],
+        shared_bytes=shared_bytes,
+        shared_with=shared_with or None,
         seconds=round(time.monotonic() - begin_s, 3),
     )
 
@@ -149,7 +166,6 @@ def _from_layout(layout: Layout) -> _Image:
 
 
 def _from_plan(plan: ImagePlan) -> _Image:
-    """Hash each layer just before it is sent: the registry may have it already, and wants to know the digest first."""
     ordered = sorted(range(len(plan.layers)), key=lambda number: -plan.layers[number].size_bytes)
 
     def documents(digests: Sequence[str]) -> Sequence[Document]:
@@ -167,22 +183,51 @@ def _from_plan(plan: ImagePlan) -> _Image:
 
 
 def _file_job(descriptor: Descriptor, path: Path) -> Job:
-    blob = Blob(descriptor=descriptor, read=lambda: read_file(path, descriptor.size_bytes), label=str(path))
-    return lambda uploader: (descriptor, uploader.bring(blob))
+    blob = Blob(
+        size_bytes=descriptor.size_bytes,
+        digest=descriptor.digest,
+        read=lambda: read_file(path, descriptor.size_bytes),
+        label=str(path),
+        key=descriptor.digest,
+    )
+    return lambda uploader, _: (descriptor, uploader.bring(blob))
 
 
 def _layer_job(layer: LayerSource) -> Job:
-    def bring(uploader: Uploader) -> tuple[Descriptor, Outcome]:
-        digest = hash_stream(uploader.until_stopped(layer.iter_chunks()))
-        descriptor = Descriptor(media_type=layer.media_type, digest=digest, size_bytes=layer.size_bytes)
-        return descriptor, uploader.bring(Blob(descriptor=descriptor, read=layer.iter_chunks, label=layer.title))
+    """Bring a layer of a checkpoint: by its digest where that is known or worth knowing first, else at once."""
+
+    def bring(uploader: Uploader, siblings: Siblings) -> tuple[Descriptor, Outcome]:
+        outcome: Outcome = "uploaded"
+        files = fingerprint(layer)
+        digest = uploader.journal.digest(files)
+        if digest is None and siblings.may_hold(layer):
+            digest = hash_stream(uploader.until_stopped(layer.iter_chunks()))
+            uploader.journal.keep_digest(files, digest)
+        blob = Blob(size_bytes=layer.size_bytes, digest=digest, read=layer.iter_chunks, label=layer.title, key=files)
+        if digest:
+            outcome = uploader.bring(blob)
+        else:
+            digest = uploader.stream(blob)
+        if fingerprint(layer) != files:
+            raise CheckpointError(
+                f"{layer.title} changed while it was sent",
+                hint="run the command again when nothing writes to the directory",
+            )
+        return Descriptor(media_type=layer.media_type, digest=digest, size_bytes=layer.size_bytes), outcome
 
     return bring
 
 
 def _bring_document(uploader: Uploader, document: Document) -> tuple[Descriptor, Outcome]:
     descriptor = document.descriptor
-    return descriptor, uploader.bring(Blob(descriptor=descriptor, read=lambda: iter([document.data]), label="config"))
+    blob = Blob(
+        size_bytes=descriptor.size_bytes,
+        digest=descriptor.digest,
+        read=lambda: iter([document.data]),
+        label="config",
+        key=descriptor.digest,
+    )
+    return descriptor, uploader.bring(blob)
 
 
 def _is_manifest(document: Document) -> bool:

@@ -111,6 +111,11 @@ def repository_on(host: str, text: str) -> str:
     return repository
 
 
+def is_tag(text: str) -> bool:
+    """Tell whether `text` follows the grammar of tags."""
+    return _TAG.fullmatch(text) is not None
+
+
 def host_name(host: str) -> str:
     """Return `host` without its port and without the brackets of an IPv6 address."""
     if host.startswith("["):

@@ -29,7 +29,7 @@ DEFAULT_PLATFORM: Final = Platform("linux", "amd64")
 
 
 class ImageSource(Protocol):
-    """What pulling and describing need of a registry or a layout."""
+    """What reading an image needs of a registry or a layout."""
 
     patience: Patience
 
@@ -42,6 +42,9 @@ class ImageSource(Protocol):
 
     def document(self, descriptor: Descriptor) -> Document:
         """Return the index or manifest that `descriptor` names, checked against its digest."""
+
+    def blob_size(self, digest: str) -> int | None:
+        """Return the size in bytes of a blob that is there, else None."""
 
     def open_blob(self, digest: str, start: int = 0, end: int | None = None) -> AbstractContextManager[BlobStream]:
         """Open a blob from offset `start` up to `end`."""
@@ -84,6 +87,11 @@ class LayoutSource:
     def document(self, descriptor: Descriptor) -> Document:
         """Return the index or manifest that `descriptor` names."""
         return Document(descriptor=descriptor, data=self.layout.read_blob(descriptor))
+
+    def blob_size(self, digest: str) -> int | None:
+        """Return the size in bytes of a blob that the layout has, else None."""
+        path = self.layout.blob_path(digest)
+        return path.stat().st_size if path.is_file() else None
 
     @contextmanager
     def open_blob(self, digest: str, start: int = 0, end: int | None = None) -> Iterator[BlobStream]:

@@ -33,6 +33,7 @@ MAX_NAME_LENGTH: Final = 1024
 _EXTENDED: Final = frozenset({
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE,
 })  # fmt: skip
+_LINKS: Final = frozenset({tarfile.LNKTYPE, tarfile.SYMTYPE})
 _FILES: Final = frozenset({tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE})
 _HEADER_ONLY: Final = frozenset({
     tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE,
@@ -52,6 +53,12 @@ class Member:
     mode: int
     offset: int
     """Where its content begins in the tar."""
+    gid: int = 0
+    link: str | None = None
+    """Where a link points."""
+    is_hard_link: bool = False
+    has_pax_size: bool = False
+    """Whether its size stands in a pax header, as Python's writer has it over 8 GiB."""
 
 
 class TarReader:
@@ -141,10 +148,21 @@ class TarReader:
         size = 0 if info.type in _HEADER_ONLY else self._size(info)
         kind: Kind = "file" if info.type in _FILES else "directory" if info.type == tarfile.DIRTYPE else "other"
         name = self._told.get("path", info.name).rstrip("/")
+        has_pax_size = "size" in self._told
         self._told = {}
         self._padding = -size % BLOCK
         self._begin("content" if size else "header", size or BLOCK)
-        return Member(name=name, kind=kind, size_bytes=size, mode=info.mode, offset=self.offset)
+        return Member(
+            name=name,
+            kind=kind,
+            size_bytes=size,
+            mode=info.mode,
+            offset=self.offset,
+            gid=info.gid,
+            link=info.linkname if info.type in _LINKS else None,
+            is_hard_link=info.type == tarfile.LNKTYPE,
+            has_pax_size=has_pax_size,
+        )
 
     def _size(self, info: tarfile.TarInfo) -> int:
         text = self._told.get("size")

@@ -43,6 +43,8 @@ class Timeouts:
     connect_s: float = 10.0
     silence_s: float = 60.0
     """While bytes move, in either direction."""
+    document_s: float = 120.0
+    """For the body of a document, 4 MiB at most, to arrive."""
     commit_s: float = 900.0
     """After the last byte of a blob: registries hash and copy many gigabytes before they answer."""
 
@@ -284,9 +286,12 @@ class Transport:
 
     def _read(self, response: httpx.Response) -> Answer:
         body = bytearray()
+        begin_s = time.monotonic()
         try:
             for piece in response.iter_bytes():
                 body += piece
+                if time.monotonic() - begin_s > self.timeouts.document_s:  # a trickle is never silent
+                    raise AnswerError(f"{self.host} sent {len(body)} bytes in {self.timeouts.document_s:.0f} s")
                 if len(body) > MAX_DOCUMENT_BYTES:
                     raise RegistryError(f"{self.host} answered with more than 4 MiB where a document was expected")
         except httpx.TransportError as error:

@@ -5,27 +5,30 @@ Three ways to send, tried in this order unless the host is known to want another
     stream      one PATCH with the whole blob, a closing PUT. Nothing to route between several servers.
     monolithic  one PUT with the whole blob, for registries that refuse PATCH or take only small ones.
     chunked     PATCH after PATCH with Content-Range, for proxies that cap a request, and after a stream broke:
-                then it goes on where the registry says that it stopped.
+                then it goes on where the registry says that it stopped, whether this process began it or a killed one.
 
-The bytes are hashed again while they leave, and the last piece leaves only if the digest is right.
+The bytes are hashed while they leave: a blob whose digest nobody knows yet is read once, and the closing PUT names
+it; of one whose digest is known, the last piece leaves only if it is right.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
+
+import httpx
 
 from gemma_pack.errors import AccessError, RegistryError
 from gemma_pack.oci.auth import login_error
+from gemma_pack.oci.body import STOPPED, Blob, CheckedBody
+from gemma_pack.oci.client import Upload
+from gemma_pack.oci.journal import PushJournal
 from gemma_pack.oci.retry import AnswerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from gemma_pack.oci.client import RegistryClient, Upload
-    from gemma_pack.oci.manifest import Descriptor
+    from gemma_pack.oci.client import RegistryClient
 
 Mode = Literal["stream", "monolithic", "chunked"]
 Outcome = Literal["uploaded", "existed", "mounted"]
@@ -39,7 +42,6 @@ _MONOLITHIC_HOSTS: Final = re.compile(
     r"|(.+\.)?gcr\.io|.+\.pkg\.dev"  # Google's take no chunks
     r"|.+\.dkr\.ecr[.-].+\.amazonaws\.com(\.cn)?|public\.ecr\.aws"  # ECR's sessions need parts of its own sizes
 )
-_STOPPED: Final = "stopped, because another part of the transfer failed"
 _OTHER_MODES: Final[dict[int, tuple[Mode, ...]]] = {
     **dict.fromkeys((400, 405, 411, 415, 416, 501), ("monolithic", "chunked")),
     413: ("chunked",),
@@ -47,15 +49,6 @@ _OTHER_MODES: Final[dict[int, tuple[Mode, ...]]] = {
 """What to try when a request with a blob's bytes is refused as such."""
 _NEW_SESSION: Final = frozenset({401, 404, 416})
 """Answers that a new token or a new session may change."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Blob:
-    """A blob that can be read as often as needed; `read` yields its bytes from the start."""
-
-    descriptor: Descriptor
-    read: Callable[[], Iterator[bytes]]
-    label: str
 
 
 class Uploader:
@@ -66,6 +59,7 @@ class Uploader:
         client: RegistryClient,
         *,
         mount_from: Sequence[str] = (),
+        journal: PushJournal | None = None,
         advance: Callable[[int], None] = lambda _: None,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
@@ -74,32 +68,43 @@ class Uploader:
         Args:
             client: writes to the repository.
             mount_from: repositories of the same registry that may have the blobs already.
+            journal: remembers the sessions for the case that this process is killed.
             advance: told of bytes that arrived, negative where some must be sent again.
             chunk_bytes: size of a chunk in chunked mode.
         """
-        self._client = client
+        self.client = client
+        self.journal = journal or PushJournal(str(client.reference))
+        self.advance = advance
+        self.chunk_bytes = chunk_bytes
         self._mount_from = mount_from
-        self._advance = advance
-        self._chunk_bytes = chunk_bytes
         host = client.reference.api_host
         self.mode: Mode = "monolithic" if _MONOLITHIC_HOSTS.fullmatch(host) else "stream"
 
     def bring(self, blob: Blob) -> Outcome:
-        """Make sure that the repository has `blob`.
+        """Make sure that the repository has `blob`, whose digest is known.
 
         Raises:
             RegistryError: the registry refuses it, or its bytes changed since the digest was taken.
             AccessError: the login does not allow it.
         """
         if self._exists(blob):
-            self._advance(blob.descriptor.size_bytes)
+            self.advance(blob.size_bytes)
+            self.journal.keep_session(blob.key, "")
             return "existed"
-        session = self._mount(blob)
+        session = self._resume(blob) or self._mount(blob)
         if session == "mounted":
-            self._advance(blob.descriptor.size_bytes)
+            self.advance(blob.size_bytes)
             return "mounted"
-        _Sending(self, self._client, blob, self._advance, self._chunk_bytes).run(session)
+        _Sending(self, blob).run(session)
         return "uploaded"
+
+    def stream(self, blob: Blob) -> str:
+        """Send `blob`, whose digest nobody knows yet, and return it: one read of the file does both.
+
+        Raises:
+            RegistryError, AccessError: as `bring`.
+        """
+        return _Sending(self, blob).run(self._resume(blob))
 
     def until_stopped(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
         """Pass on `pieces` until another part of the transfer fails.
@@ -108,20 +113,31 @@ class Uploader:
             RegistryError: it did; that error, not this one, is the one to show.
         """
         for piece in pieces:
-            if self._client.patience.stop.is_set():
-                raise RegistryError(_STOPPED)
+            if self.client.patience.stop.is_set():
+                raise RegistryError(STOPPED)
             yield piece
 
     def _exists(self, blob: Blob) -> bool:
-        return self._client.blob_size(blob.descriptor.digest) == blob.descriptor.size_bytes
+        return self.client.blob_size(blob.digest or "") == blob.size_bytes
+
+    def _resume(self, blob: Blob) -> Upload | None:
+        """Return the session of an earlier process, if the registry still has it and got any of the blob."""
+        url = self.journal.session(blob.key)
+        if not url or self.mode == "monolithic":
+            return None
+        try:
+            found = self.client.upload_status(Upload(url=httpx.URL(url)))
+        except (AnswerError, AccessError, httpx.InvalidURL):  # some registries do not say, and some have forgotten
+            return None
+        return found if found and found.offset and found.offset <= blob.size_bytes else None
 
     def _mount(self, blob: Blob) -> Upload | Literal["mounted"] | None:
         session: Upload | None = None
         for source in self._mount_from:
             if session:
-                self._client.cancel(session)
+                self.client.cancel(session)
             try:
-                session = self._client.mount(blob.descriptor.digest, source)
+                session = self.client.mount(blob.digest or "", source)
             except AccessError:  # no right to read there; that is no obstacle to uploading here
                 session = None
                 continue
@@ -133,74 +149,83 @@ class Uploader:
 class _Sending:
     """One blob on its way: the mode, the session and the patience left."""
 
-    def __init__(
-        self,
-        uploader: Uploader,
-        client: RegistryClient,
-        blob: Blob,
-        advance: Callable[[int], None],
-        chunk_bytes: int,
-    ) -> None:
+    def __init__(self, uploader: Uploader, blob: Blob) -> None:
         self.uploader = uploader
-        self.client = client
-        self.blob = blob
-        self.digest = blob.descriptor.digest
-        self.size_bytes = blob.descriptor.size_bytes
-        self.body = CheckedBody(blob, advance, stop=client.patience.stop.is_set)
-        self.chunk_bytes = chunk_bytes
+        self.client = uploader.client
+        self.key = blob.key
+        self.known = blob.digest is not None
+        self.size_bytes = blob.size_bytes
+        self.body = CheckedBody(blob, uploader.advance, stop=self.client.patience.stop.is_set)
         self.mode: Mode = uploader.mode
         self.refused: set[Mode] = set()
         self.closing = False
         self.attempt = 1
         self.furthest = 0
 
-    def run(self, session: Upload | None) -> None:
+    def run(self, session: Upload | None) -> str:
         """Send the blob, from the start again where a session is lost, until it is there or patience ends."""
         while True:
             try:
                 if self.send(session or self.client.start_upload()):
-                    return
+                    break
             except AnswerError as error:
                 self.consider(error)
-            if self.client.blob_size(self.digest) == self.size_bytes:  # the answer was lost, not the blob
-                self.body.settle()
-                return
+            known = self.body.digest
+            if known and self.client.blob_size(known) == self.size_bytes:  # the answer was lost, not the blob
+                break
             session = None
+        self.body.settle()
+        self.uploader.journal.keep_session(self.key, "")
+        return self.body.whole_digest()
 
     def send(self, session: Upload) -> bool:
-        """Send the blob through one session; return False where the session was lost on the way."""
+        """Send the blob, or what the session lacks of it; return False where the session was lost on the way."""
         if self.mode == "monolithic":
-            self.client.put_blob(session, self.digest, self.body.piece(0, self.size_bytes), self.size_bytes)
+            digest = self.body.whole_digest()
+            self.client.put_blob(session, digest, self.body.piece(0, self.size_bytes), self.size_bytes)
             return True
-        offset = 0
+        offset = session.offset or 0
+        if offset:
+            self.mode = "chunked"
         while offset < self.size_bytes:
+            self.uploader.journal.keep_session(self.key, str(session.url))
             size = self.size_bytes - offset
             if self.mode == "chunked":
-                size = min(size, max(self.chunk_bytes, session.min_chunk_bytes))
+                size = min(size, max(self.uploader.chunk_bytes, session.min_chunk_bytes))
             body = self.body.piece(offset, size)
             ranged = self.mode == "chunked"
             try:
                 session = self.client.patch(session, body, start=offset, size_bytes=size, ranged=ranged)
                 offset += size
             except AnswerError as error:
-                reached = self.reached(session, error)
+                reached = self.reached(session, offset, error)
                 if reached is None:
                     return False
                 session, offset = reached, reached.offset or 0
             if session.offset not in (None, offset):
                 raise AnswerError(f"{self.client.transport.host} has {session.offset} bytes where {offset} were sent")
+        digest = self.body.whole_digest()
+        if not self.known:
+            self.uploader.journal.keep_digest(self.key, digest)
+        self.uploader.journal.keep_session(self.key, str(session.url))
         self.closing = True
-        self.client.finish(session, self.digest)
+        self.client.finish(session, digest)
         return True
 
-    def reached(self, session: Upload, error: AnswerError) -> Upload | None:
-        """Return the session with how far it got before `error` broke the stream; None where only a new start helps."""
-        if not error.transient:
+    def reached(self, session: Upload, offset: int, error: AnswerError) -> Upload | None:
+        """Return the session with how far it got, where `error` broke the stream; None where only a new start helps.
+
+        A 416 to a chunk from `offset` on says that the registry has another one (distribution-spec, "Pushing a blob in
+        chunks"); one that has the same does not want chunks.
+        """
+        if not error.transient and not (error.status == 416 and offset):
             raise error
         self.mode = "chunked"
         self.client.patience.pause(self.attempt, error)
         self.attempt += 1
         status = self.client.upload_status(session)
+        if error.status == 416 and status and status.offset == offset:
+            raise error
         if status is None or not status.offset or status.offset > self.size_bytes:
             return None
         if status.offset >= self.furthest + PROGRESS_BYTES:
@@ -228,63 +253,3 @@ class _Sending:
             raise error
         self.client.patience.pause(self.attempt, error)
         self.attempt += 1
-
-
-class CheckedBody:
-    """A blob's bytes for one or many requests, hashed from the first on as they leave."""
-
-    def __init__(self, blob: Blob, advance: Callable[[int], None], stop: Callable[[], bool] = lambda: False) -> None:
-        """Prepare to read `blob`; `advance` is told how far along it is, `stop` ends reading early."""
-        self._blob = blob
-        self._advance = advance
-        self._stop = stop
-        self._counted = 0
-        self._begin()
-
-    def piece(self, start: int, size_bytes: int) -> Iterator[bytes]:
-        """Yield `size_bytes` bytes from offset `start` on; those before are read again where they must be hashed.
-
-        Raises:
-            RegistryError: the bytes are not those of the digest.
-        """
-        if start < self._position:
-            self._begin()
-        while self._position < start:
-            self._next(start - self._position)
-        self._count(start)
-        end = start + size_bytes
-        while self._position < end:
-            piece = self._next(end - self._position)
-            yield piece
-            self._count(self._position)
-
-    def settle(self) -> None:
-        """Count the whole blob as arrived."""
-        self._count(self._blob.descriptor.size_bytes)
-
-    def _begin(self) -> None:
-        self._pieces = self._blob.read()
-        self._rest = b""
-        self._position = 0
-        self._hash = hashlib.sha256()
-
-    def _next(self, at_most: int) -> bytes:
-        """Return the next bytes, hashed; the last ones of the blob only if the digest is right."""
-        if self._stop():
-            raise RegistryError(_STOPPED)
-        fresh = self._rest or next(self._pieces, b"")
-        piece, self._rest = (fresh, b"") if len(fresh) <= at_most else (fresh[:at_most], fresh[at_most:])
-        self._hash.update(piece)
-        self._position += len(piece)
-        at_end = self._position == self._blob.descriptor.size_bytes
-        wrong = at_end and f"sha256:{self._hash.hexdigest()}" != self._blob.descriptor.digest
-        if not piece or wrong:
-            raise RegistryError(
-                f"{self._blob.label} has changed since its digest {self._blob.descriptor.digest} was taken",
-                hint="run the command again when nothing writes to the directory, or package it again",
-            )
-        return piece
-
-    def _count(self, position: int) -> None:
-        self._advance(position - self._counted)
-        self._counted = position

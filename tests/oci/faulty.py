@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
+from gemma_pack.oci.manifest import INDEX_TYPE
 from gemma_pack.oci.retry import Retry
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class Faulty:
     """User and password that the token realm wants; with it, everything wants a token."""
     tokens: dict[str, float] = field(default_factory=dict)
     token_lifetime_s: int = 300
+    referrers: bool = False
+    """Whether it knows OCI 1.1's list of referrers; two of them a page."""
     numbers: Iterator[int] = field(default_factory=itertools.count)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -185,6 +188,11 @@ class Handler(BaseHTTPRequestHandler):
             self._blob(found[1], found[2])
         elif found := re.fullmatch(r"/v2/(.+)/manifests/([\w.:-]+)", path):
             self._manifest(found[1], found[2])
+        elif (found := re.fullmatch(r"/v2/(.+)/referrers/(sha256:\w+)", path)) and self.state.referrers:
+            self._referrers(found[1], found[2], int(query.get("begin", "0")))
+        elif found := re.fullmatch(r"/v2/(.+)/tags/list", path):
+            tags = sorted(tag for name, tag in self.state.manifests if name == found[1] and ":" not in tag)
+            self.answer(200 if tags else 404, {}, json.dumps({"name": found[1], "tags": tags}).encode())
         else:
             self.answer(404)
 
@@ -249,7 +257,9 @@ class Handler(BaseHTTPRequestHandler):
             digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
             for key in {target, digest}:
                 self.state.manifests[repository, key] = (self.headers["Content-Type"], data)
-            self.answer(201, {"Docker-Content-Digest": digest})
+            subject = json.loads(data).get("subject") if self.state.referrers else None
+            told = {"OCI-Subject": subject["digest"]} if subject else {}
+            self.answer(201, {"Docker-Content-Digest": digest, **told})
             return
         media_type, data = self.state.manifests.get((repository, target), ("", b""))
         if not data:
@@ -257,6 +267,18 @@ class Handler(BaseHTTPRequestHandler):
             return
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
         self.answer(200, {"Content-Type": media_type, "Docker-Content-Digest": digest}, data)
+
+    def _referrers(self, repository: str, subject: str, begin: int) -> None:
+        found = []
+        for (name, key), (media_type, data) in sorted(self.state.manifests.items()):
+            document = json.loads(data)
+            if name == repository and ":" in key and document.get("subject", {}).get("digest") == subject:
+                told = {name: document[name] for name in ("artifactType", "annotations") if name in document}
+                found.append({"mediaType": media_type, "digest": key, "size": len(data), **told})
+        end = begin + 2
+        link = {"Link": f'</v2/{repository}/referrers/{subject}?begin={end}>; rel="next"'} if found[end:] else {}
+        index = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": found[begin:end]}
+        self.answer(200, {"Content-Type": INDEX_TYPE, **link}, json.dumps(index).encode())
 
 
 def say(status: int, headers: Mapping[str, str] | None = None, body: bytes = b"") -> Callable[[Handler], None]:
@@ -300,6 +322,41 @@ def cut_download(after: int) -> Callable[[Handler], None]:
         request.end_headers()
         request.wfile.write(data[begin : begin + after])
         request.wfile.flush()
+        request.close_connection = True
+        request.connection.shutdown(socket.SHUT_RDWR)
+
+    return act
+
+
+class _Cut:
+    """Passes on the first bytes of an answer, and drops the rest."""
+
+    def __init__(self, stream: Any, left: int) -> None:
+        """Wrap what a handler writes to."""
+        self._stream = stream
+        self._left = left
+
+    def write(self, data: bytes) -> int:
+        """Write what is left of the first bytes."""
+        self._stream.write(data[: self._left])
+        self._left = max(0, self._left - len(data))
+        return len(data)
+
+    def flush(self) -> None:
+        """Pass it on."""
+        self._stream.flush()
+
+
+def cut_answer(after: int) -> Callable[[Handler], None]:
+    """Return the fault of doing the right thing, and hanging up after `after` bytes of the answer."""
+
+    def act(request: Handler) -> None:
+        stream = request.wfile
+        request.wfile = _Cut(stream, after)  # type: ignore[assignment]
+        try:
+            request._serve()
+        finally:
+            request.wfile = stream
         request.close_connection = True
         request.connection.shutdown(socket.SHUT_RDWR)
 

@@ -12,7 +12,8 @@ import pytest
 
 from gemma_pack.console import Console
 from gemma_pack.errors import CheckpointError, InvalidUsageError, OfflineError, RegistryError
-from gemma_pack.oci.describe import MAX_SMALL_BYTES, WINDOW_BYTES, describe
+from gemma_pack.oci.describe import describe
+from gemma_pack.oci.layer_reader import MAX_SMALL_BYTES, WINDOW_BYTES
 from gemma_pack.oci.layout import Layout
 from gemma_pack.oci.manifest import CONFIG_TYPE, GZIP_LAYER_TYPE, LAYER_TYPE, MANIFEST_TYPE, Manifest
 from gemma_pack.oci.manifest import describe as describe_blob
