@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from gemma_pack import __version__
 from gemma_pack.errors import GemmaPackError
 from gemma_pack.record import FileDigest, Metric, TextRecord, ValidationRecord
+from gemma_pack.task_results import TaskReport  # noqa: TC001 - pydantic needs it at run time
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,6 +60,8 @@ class Engine(_Part):
     device: str
     attention: str
     dtype: str = "bfloat16"
+    base: str | None = None
+    """What computed those of the base, where it was another engine."""
 
 
 class BosCheck(_Part):
@@ -169,10 +172,26 @@ class TokenSpot(_Part):
     variant_top1: str
 
 
+class TopK(_Part):
+    """What a server lets one see of a distribution: its k most likely tokens.
+
+    Then the percentiles, places, kinds and worst tokens of the divergence are of the lower bound, while its mean has
+    the rest in it, as the text samples it.
+    """
+
+    k: int
+    kl_lower_bound_nats: float
+    """Mean KL with all tokens outside both top k taken for one: never more than the KL."""
+    share_outside: float
+    """Mean share, 0 to 1, of the base's probability that lies outside."""
+
+
 class Divergence(_Part):
     """How far the variant's distribution is from the base's, token by token."""
 
     kl_nats: Estimate
+    top_k: TopK | None = None
+    """None where the whole distribution was seen."""
     kl_percentiles: dict[str, float]
     """Keys: min, 0.1, 1, 5, 10, 50, 90, 95, 99, 99.9, max."""
     same_top1: Estimate
@@ -184,6 +203,46 @@ class Divergence(_Part):
     by_kind: tuple[KindMean, ...]
     histogram: tuple[HistogramBin, ...]
     worst: tuple[TokenSpot, ...]
+
+
+class AuditBounds(_Part):
+    """What sound rounding leaves of a layer: outside of these it was damaged."""
+
+    slope_min: float
+    slope_max: float
+    slope_deviation: float
+    """How far a layer's slope may be from what is expected of it."""
+    snr_db: float
+    worst_group_snr_db: float
+
+
+class ModuleAudit(_Part):
+    """One quantized layer (Ŵ) beside its source (W)."""
+
+    name: str
+    slope: float
+    """⟨W, Ŵ⟩ / ⟨W, W⟩."""
+    expected_slope: float
+    """1 - c ‖W - Ŵ‖² / ‖W‖²: noise takes a little of the slope, in all layers the same share c of it."""
+    snr_db: float
+    """10 log10(‖W‖² / ‖W - Ŵ‖²)."""
+    worst_group_snr_db: float
+    """The same of the group of weights with the largest error for its size, and where in the matrix it begins."""
+    worst_row: int
+    worst_column: int
+    problem: str | None = None
+
+
+class WeightAudit(_Part):
+    """Every tensor beside its source, without a forward pass."""
+
+    scheme: str
+    bounds: AuditBounds
+    shrinkage: float
+    """c: the median over all layers of (1 - slope) ‖W‖² / ‖W - Ŵ‖²."""
+    modules: tuple[ModuleAudit, ...]
+    altered: tuple[str, ...] = ()
+    """Tensors that no recipe named and that differ from the source."""
 
 
 class WindowSums(_Part):
@@ -251,6 +310,10 @@ class Report(_Part):
     likelihood: Likelihood
     divergence: Divergence
     parity: Parity
+    audit: WeightAudit | None = None
+    """None for a variant whose layers are not quantized, and in reports from before there was an audit."""
+    tasks: TaskReport | None = None
+    """None where no tasks were asked for."""
     windows: tuple[WindowSums, ...]
 
     def encode(self) -> bytes:
@@ -315,3 +378,10 @@ def read_report(path: Path) -> Report:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "top level"
         raise GemmaPackError(f"{path} is no valid report: {place}: {first['msg']}", hint=again) from error
+
+
+def report_directory(variant: Path) -> Path:
+    """Return where the report on a variant lies unless told: beside its directory or the layout packed from it."""
+    named = variant if variant.name not in {"", ".."} else variant.resolve()
+    stem = named.name.removesuffix(".oci").removesuffix(".artifact") if named.suffix == ".oci" else named.name
+    return named.with_name(f"{stem}.report")

@@ -61,14 +61,15 @@ def judge(
     """
     _, lower, upper = bounds
     bad, good = (lower, upper) if higher_is_better else (upper, lower)
+    metric = metric.model_copy(update={"bound": bad, "opposite_bound": good})
     if margin is None:
-        return metric.model_copy(update={"bound": bad})
+        return metric
 
     def beyond(bound: float) -> bool:
         return bound < margin if higher_is_better else bound > margin
 
     verdict = "fail" if beyond(good) else "undecided" if beyond(bad) or windows < MINIMUM_WINDOWS else "pass"
-    return metric.model_copy(update={"bound": bad, "margin": margin, "verdict": verdict})
+    return metric.model_copy(update={"margin": margin, "verdict": verdict})
 
 
 def overall(metrics: Sequence[Metric]) -> Verdict:

@@ -46,6 +46,8 @@ class TokenScores:
 
     `nll_*` are -ln p of the token that was read, `kl_nats` is KL(base || variant) of the whole distribution, `delta_p`
     is p_variant - p_base of the token that was read (all float32). `base_top1` and `variant_top1` are int32 ids.
+    Where an engine shows but the most likely tokens, `kl_nats` is a lower bound and `kl_rest_nats` what is
+    estimated of the rest (`top_k.py`); None where the whole distribution was seen.
     """
 
     nll_base: Floats
@@ -54,6 +56,12 @@ class TokenScores:
     delta_p: Floats
     base_top1: npt.NDArray[np.int32]
     variant_top1: npt.NDArray[np.int32]
+    kl_rest_nats: Floats | None = None
+
+    @property
+    def kl_all_nats(self) -> Floats:
+        """The KL whose mean counts: of a single token an estimate where there is a rest."""
+        return self.kl_nats if self.kl_rest_nats is None else self.kl_nats + self.kl_rest_nats
 
     @property
     def same_top1(self) -> npt.NDArray[np.bool_]:
@@ -143,6 +151,15 @@ def check_bos(base: Model, ids: npt.NDArray[np.int32]) -> BosCheck:
         tokens = torch.from_numpy(ids[:BOS_WINDOWS].astype(np.int64))
         with_bos = _mean_nll(base, tokens, scored_from=2)
         without_bos = _mean_nll(base, tokens[:, 1:], scored_from=1)
+    return judge_bos(with_bos, without_bos)
+
+
+def judge_bos(with_bos: float, without_bos: float) -> BosCheck:
+    """Return the base's perplexities from its mean -ln p of the same tokens with <bos> in front and without it.
+
+    Raises:
+        MachineError: <bos> does not help, so the baseline itself is broken.
+    """
     check = BosCheck(with_bos=float(np.exp(with_bos)), without_bos=float(np.exp(without_bos)))
     if not check.with_bos < check.without_bos:
         raise MachineError(

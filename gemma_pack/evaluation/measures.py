@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from gemma_pack.evaluation.likelihood import TokenScores
-    from gemma_pack.report import NoiseFloor, Parity
+    from gemma_pack.report import NoiseFloor, Parity, TopK
 
 PERCENTILES: Final = (0.1, 1, 5, 10, 50, 90, 95, 99, 99.9)
 POSITION_BINS: Final = 16
@@ -66,16 +66,22 @@ def measure_likelihood(scores: TokenScores, text_bytes: npt.NDArray[np.int64], s
 
 
 def measure_divergence(
-    scores: TokenScores, ids: npt.NDArray[np.int32], decode: Callable[[Sequence[int]], str], seed: int
+    scores: TokenScores,
+    ids: npt.NDArray[np.int32],
+    decode: Callable[[Sequence[int]], str],
+    seed: int,
+    top_k: TopK | None = None,
 ) -> Divergence:
     """Return KL, Δp and same first choices, over all tokens and by place and kind.
 
-    `ids` is int32 [windows, sequence_length], the windows that `scores` are of; `decode` turns ids into text.
+    `ids` is int32 [windows, sequence_length], the windows that `scores` are of; `decode` turns ids into text; `top_k`
+    says what an engine that shows only the most likely tokens left unseen.
     """
     kl, delta_p = scores.kl_nats, scores.delta_p
     counts, _ = np.histogram(np.clip(kl, 0, KL_EDGES[-1]), bins=KL_EDGES)
     return Divergence(
-        kl_nats=_estimate(kl, seed),
+        kl_nats=_estimate(scores.kl_all_nats, seed),
+        top_k=top_k,
         kl_percentiles=_percentiles(kl),
         same_top1=_estimate(scores.same_top1, seed),
         delta_p_rms=float(np.sqrt(np.mean(np.square(delta_p, dtype=np.float64)))),
@@ -101,6 +107,7 @@ def collect_metrics(
         Metric(name="ppl_base", value=likelihood.ppl_base),
         Metric(name="ppl_variant", value=likelihood.ppl_variant),
         *judged,
+        *_top_k_metrics(divergence.top_k),
         Metric(name="kl_p99_nats", value=divergence.kl_percentiles["99"], unit="nats"),
         Metric(name="delta_p_rms_percent", value=100 * divergence.delta_p_rms, unit="%"),
         Metric(name="bits_per_byte_base", value=likelihood.bits_per_byte_base),
@@ -111,12 +118,21 @@ def collect_metrics(
     )
 
 
+def _top_k_metrics(seen: TopK | None) -> tuple[Metric, ...]:
+    if seen is None:
+        return ()
+    return (
+        Metric(name="kl_lower_bound_nats", value=seen.kl_lower_bound_nats, unit="nats"),
+        Metric(name="share_outside_top_k_percent", value=100 * seen.share_outside, unit="%"),
+    )
+
+
 def sum_windows(scores: TokenScores) -> tuple[WindowSums, ...]:
     """Return the sums of each window."""
     columns = (
         scores.nll_base.sum(axis=1, dtype=np.float64),
         scores.nll_variant.sum(axis=1, dtype=np.float64),
-        scores.kl_nats.sum(axis=1, dtype=np.float64),
+        scores.kl_all_nats.sum(axis=1, dtype=np.float64),
         scores.same_top1.sum(axis=1),
     )
     tokens = scores.nll_base.shape[1]

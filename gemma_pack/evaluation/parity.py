@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from gemma_pack.console import Reporter
     from gemma_pack.evaluation.engines.in_process import Answer, Model
+    from gemma_pack.evaluation.engines.reading import Reading
     from gemma_pack.evaluation.prompts import Prompt
 
 BATCH: Final = 16
@@ -47,7 +48,7 @@ def compare_answers(
     import torch
 
     compared: list[PromptParity] = []
-    divergent = total = 0
+    divergent = 0
     with torch.inference_mode(), reporter.progress("Comparing greedy answers", len(prompts)) as task:
         for begin in range(0, len(prompts), BATCH):
             batch = prompts[begin : begin + BATCH]
@@ -57,15 +58,8 @@ def compare_answers(
                 result, count = _compare(base, variant, prompt, theirs, ours, decode=decode)
                 compared.append(result)
                 divergent += count
-                total += len(theirs.tokens)
                 task.advance()
-    identical = sum(prompt.first_divergent is None for prompt in compared)
-    return Parity(
-        limit=limit,
-        identical_share=identical / len(compared),
-        divergent_share=divergent / total,
-        prompts=tuple(compared),
-    )
+    return _summarize(compared, divergent, limit)
 
 
 def first_divergent(base: Sequence[int], variant: Sequence[int]) -> int | None:
@@ -109,8 +103,61 @@ def _compare(
             theirs.tokens[first],
             ours.tokens[first],
         )
+    return _describe(prompt, theirs, ours, first, divergent, near_tie=near_tie, decode=decode), divergent
+
+
+def compare_read_answers(
+    prompts: Sequence[Prompt],
+    base: Sequence[Answer],
+    variant: Sequence[Answer],
+    readings: Sequence[tuple[Reading, Reading]],
+    *,
+    limit: int,
+    decode: Callable[[Sequence[int]], str],
+) -> Parity:
+    """Compare answers that are there, of at most `limit` tokens.
+
+    `readings` are what base and variant, in this order, would have said at each place of the base's answer, with five
+    tokens each. Up to the first divergent token both answers are the same, so its place is read the same way by both.
+    """
+    compared: list[PromptParity] = []
+    divergent = 0
+    for prompt, theirs, ours, (base_read, variant_read) in zip(prompts, base, variant, readings, strict=True):
+        count = int((variant_read.top1 != base_read.ids).sum())
+        first = first_divergent(theirs.tokens, ours.tokens)
+        near_tie = False
+        if first is not None and first < min(len(theirs.tokens), len(ours.tokens)):
+            near_tie = (
+                float(base_read.top_logprobs[first, 0] - base_read.top_logprobs[first, 1]) < NEAR_TIE_NATS
+                and ours.tokens[first] in base_read.top_ids[first]
+                and theirs.tokens[first] in variant_read.top_ids[first]
+            )
+        compared.append(_describe(prompt, theirs, ours, first, count, near_tie=bool(near_tie), decode=decode))
+        divergent += count
+    return _summarize(compared, divergent, limit)
+
+
+def _summarize(compared: Sequence[PromptParity], divergent: int, limit: int) -> Parity:
+    return Parity(
+        limit=limit,
+        identical_share=sum(prompt.first_divergent is None for prompt in compared) / len(compared),
+        divergent_share=divergent / sum(prompt.tokens for prompt in compared),
+        prompts=tuple(compared),
+    )
+
+
+def _describe(
+    prompt: Prompt,
+    theirs: Answer,
+    ours: Answer,
+    first: int | None,
+    divergent: int,
+    *,
+    near_tie: bool,
+    decode: Callable[[Sequence[int]], str],
+) -> PromptParity:
     texts = [decode(answer.tokens[: len(answer.tokens) - answer.ended]) for answer in (theirs, ours)]
-    result = PromptParity(
+    return PromptParity(
         prompt=prompt.text,
         templated=prompt.templated,
         base=texts[0],
@@ -124,7 +171,6 @@ def _compare(
         variant_ended=ours.ended,
         variant_empty=bool(texts[0].strip()) and not texts[1].strip(),
     )
-    return result, divergent
 
 
 def _is_near_tie(base_logits: Tensor, variant_logits: Tensor, base_token: int, variant_token: int) -> bool:

@@ -1,18 +1,22 @@
 """README.md of a variant: the model card, written from the record alone.
 
-Front matter as the hub reads it (https://huggingface.co/docs/hub/model-cards). Every number comes from
-gemma-pack.json, so writing the card again after a validation changes nothing but what was measured.
+Front matter as the hub reads it (https://huggingface.co/docs/hub/model-cards), with the keys that Red Hat's catalog
+reads besides. Every number comes from gemma-pack.json, so writing the card again after a validation changes
+nothing but what was measured. Its snippets are whole programs, in the interfaces of transformers 5.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import yaml
 
 from gemma_pack.checkpoint import read_json
 from gemma_pack.disk import write_atomic
 from gemma_pack.errors import CheckpointError
 from gemma_pack.record import require_record
-from gemma_pack.reports import wording
+from gemma_pack.reports import benchmarks, wording
 from gemma_pack.reports.templating import template
 
 if TYPE_CHECKING:
@@ -21,6 +25,13 @@ if TYPE_CHECKING:
     from gemma_pack.record import Record
 
 CARD_NAME: Final = "README.md"
+CHAT_PROMPT: Final = "Write me a poem about Machine Learning."
+"""The prompt of the Gemma model card."""
+TEXT_PROMPT: Final = "The sky is blue because"
+INFERENCE_SERVER_IMAGE: Final = "registry.redhat.io/rhaii/vllm-cuda-rhel9:3.4.0"
+VLLM_IMAGE: Final = "docker.io/vllm/vllm-openai:v0.30.0"
+"""The servers that `deploy` runs too."""
+_TERMS: Final = "https://ai.google.dev/gemma/terms"
 _LANGUAGES: Final = {"gemma2": "en"}
 """Gemma 2's report names English as its language; later members are multilingual."""
 
@@ -43,24 +54,76 @@ def render_card(directory: Path) -> str:
         raise CheckpointError(
             f"{directory} is no variant: its record has no quantization", hint="run gemma-pack quantize first"
         )
-    model_type = str(read_json(directory / "config.json").get("model_type", "gemma"))
     source, validation = record.source, record.validation
-    base_on_hub = source.kind != "directory" or "/" in source.model_id
+    model = _Model.read(directory)
+    matter = yaml.safe_dump(front_matter(record, model.model_type), sort_keys=False, allow_unicode=True, width=1000)
     return template("card.md.j2").render(
+        front_matter=matter,
         name=variant_name(record),
         record=record,
         source=source,
         quantization=record.quantization,
         validation=validation,
-        language=_LANGUAGES.get(model_type, "multilingual"),
-        tags=_tags(record, model_type),
-        base_on_hub=base_on_hub,
-        base_link=f"[{source.model_id}](https://huggingface.co/{source.model_id})" if base_on_hub else source.model_id,
-        metric_rows=wording.rows(validation.metrics) if validation else [],
-        header=wording.HEADER,
+        base_link=f"[{source.model_id}](https://huggingface.co/{source.model_id})"
+        if _is_on_hub(record)
+        else source.model_id,
+        rows=benchmarks.benchmark_rows(validation.metrics) if validation else [],
+        header=benchmarks.HEADER,
         verdict_words=wording.VERDICT_WORDS,
-        chat=has_chat_template(directory),
+        model=model,
+        chat_prompt=CHAT_PROMPT,
+        text_prompt=TEXT_PROMPT,
+        inference_server_image=INFERENCE_SERVER_IMAGE,
+        vllm_image=VLLM_IMAGE,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What the checkpoint says of itself."""
+
+    model_type: str
+    chat: bool
+    """Whether it has a chat template, and so answers turns."""
+
+    @property
+    def sees(self) -> bool:
+        return self.model_type == "gemma3"
+
+    @classmethod
+    def read(cls, directory: Path) -> _Model:
+        model_type = str(read_json(directory / "config.json").get("model_type", "gemma"))
+        return cls(model_type, has_chat_template(directory))
+
+
+def front_matter(record: Record, model_type: str) -> dict[str, Any]:
+    """Return the card's metadata.
+
+    `validated_on` holds what the recorded validation ran on and nothing else, and is left out where there is none.
+    """
+    source, quantization, validation = record.source, record.quantization, record.validation
+    scheme = quantization.scheme if quantization else "bf16"
+    sees = model_type == "gemma3"
+    matter: dict[str, Any] = {
+        "language": [_LANGUAGES.get(model_type, "multilingual")],
+        "license": source.license,
+    }
+    if source.license == "gemma":
+        matter |= {"license_name": "gemma", "license_link": _TERMS}
+    if _is_on_hub(record):
+        matter |= {"base_model": source.model_id, "base_model_relation": "quantized"}
+    matter |= {
+        "pipeline_tag": "image-text-to-text" if sees else "text-generation",
+        "library_name": "transformers",
+        "name": variant_name(record),
+        "description": f"{source.model_id}, quantized to {scheme}",
+        "readme": CARD_NAME,
+        "tasks": ["image-text-to-text" if sees else "text-to-text"],
+        "provider": "Google",
+    }
+    if validation:
+        matter["validated_on"] = [validation.engine]
+    return matter | {"tags": _tags(record, model_type)}
 
 
 def variant_name(record: Record) -> str:
@@ -75,6 +138,10 @@ def has_chat_template(directory: Path) -> bool:
     return (directory / "chat_template.jinja").is_file() or (
         config.is_file() and bool(read_json(config).get("chat_template"))
     )
+
+
+def _is_on_hub(record: Record) -> bool:
+    return record.source.kind != "directory" or "/" in record.source.model_id
 
 
 def _tags(record: Record, model_type: str) -> list[str]:

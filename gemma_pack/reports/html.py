@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gemma_pack.reports import charts, wording
+from gemma_pack.reports import charts, task_table, wording
 from gemma_pack.reports.markdown import estimates, worst_prompts
 from gemma_pack.reports.templating import template
 
@@ -34,6 +34,10 @@ def render_html(report: Report, name: str) -> str:
         identical=sum(prompt.first_divergent is None for prompt in report.parity.prompts),
         answers=[(prompt, *_parted(prompt.base, prompt.variant)) for prompt in worst_prompts(report)],
         estimates=estimates(report),
+        task_header=task_table.HEADER,
+        task_rows=task_table.rows(report.tasks) if report.tasks else [],
+        audit_header=wording.AUDIT_HEADER,
+        audit_rows=wording.audit_rows(report.audit) if report.audit else [],
     )
 
 

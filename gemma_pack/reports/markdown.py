@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from gemma_pack.reports import wording
+from gemma_pack.reports import task_table, wording
 from gemma_pack.reports.templating import template
 
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ def render_markdown(report: Report, name: str) -> str:
         estimates=estimates(report),
         identical=sum(prompt.first_divergent is None for prompt in report.parity.prompts),
         worst_prompts=worst_prompts(report),
+        task_header=task_table.HEADER,
+        task_rows=task_table.rows(report.tasks) if report.tasks else [],
+        audit_header=wording.AUDIT_HEADER,
+        audit_rows=wording.audit_rows(report.audit) if report.audit else [],
     )
 
 

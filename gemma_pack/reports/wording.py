@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from gemma_pack.record import Metric
-    from gemma_pack.report import Change, Report
+    from gemma_pack.report import Change, Report, WeightAudit
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,16 @@ WORDINGS: Final[dict[str, Wording]] = {
     "bits_per_byte_base": Wording("bits per byte of the base", 4),
     "bits_per_byte_variant": Wording("bits per byte of the variant", 4),
     "kl_nats": Wording("mean KL(base‖variant)", 4),
+    "kl_lower_bound_nats": Wording("KL of the tokens seen, a lower bound", 4),
+    "share_outside_top_k_percent": Wording("probability outside the tokens seen", 1),
     "kl_p99_nats": Wording("99th percentile of KL", 3),
     "same_top1_percent": Wording("same first choice", 2, higher_is_better=True),
     "delta_p_rms_percent": Wording("RMS Δp of the read token", 2),
     "greedy_identical_percent": Wording("identical greedy answers", 1, higher_is_better=True),
     "greedy_divergent_percent": Wording("divergent tokens in greedy answers", 1),
     "empty_answers": Wording("empty answers", 0),
+    "damaged_layers": Wording("damaged layers", 0),
+    "altered_tensors": Wording("altered tensors", 0),
 }
 
 VERDICT_WORDS: Final = {"pass": "PASS", "fail": "FAIL", "undecided": "UNDECIDED", "not judged": ""}
@@ -59,6 +63,15 @@ def value(metric: Metric) -> str:
 def bound(metric: Metric) -> str:
     """Return the one-sided bound that the margin is held against, or nothing."""
     return "" if metric.bound is None else _relation(metric) + _number(metric, metric.bound)
+
+
+def interval(metric: Metric) -> str:
+    """Return both one-sided 95 % bounds, or the one that the margin is held against, or nothing."""
+    if metric.bound is None or metric.opposite_bound is None:
+        return bound(metric)
+    ends = sorted((metric.bound, metric.opposite_bound))
+    low, high = (_number(metric.model_copy(update={"unit": ""}), end) for end in ends)
+    return f"{low} to {high} {metric.unit}".rstrip()
 
 
 def margin(metric: Metric) -> str:
@@ -87,6 +100,8 @@ def reasons(report: Report) -> list[str]:
             sentences.append(
                 f"{label(metric)} is {value(metric)}, its bound {bound(metric)}, the margin {margin(metric)}"
             )
+    if report.audit:
+        sentences += audit_findings(report.audit)
     if report.verdict == "undecided":
         sentences.append(_remedy(report.protocol.text.windows, report.windows_needed))
     return sentences
@@ -99,6 +114,33 @@ def _remedy(windows: int, needed: int | None) -> str:
 
 
 HEADER: Final = ("measure", "value", "95 % bound", "margin", "verdict")
+
+
+AUDIT_HEADER: Final = ("layer", "slope", "expected", "SNR", "worst group")
+AUDIT_ROWS: Final = 7
+"""Layers that a report shows: those with a problem, then the noisiest."""
+
+
+def audit_findings(audit: WeightAudit) -> list[str]:
+    """Return a sentence for each layer that is damaged and each tensor that is altered; a few stand for many."""
+    found = [f"{module.name}: {module.problem}" for module in audit.modules if module.problem]
+    found += [f"{name} differs from the base, and the recipe does not name it" for name in audit.altered]
+    return found if len(found) <= AUDIT_ROWS else [*found[:AUDIT_ROWS], f"and {len(found) - AUDIT_ROWS} more"]
+
+
+def audit_rows(audit: WeightAudit) -> list[list[str]]:
+    """Return a table's cells for the layers that are worst: name, slope, expected slope, signal-to-noise ratios."""
+    worst = sorted(audit.modules, key=lambda module: (module.problem is None, module.snr_db, module.name))
+    return [
+        [
+            module.name,
+            f"{module.slope:.4f}",
+            f"{module.expected_slope:.4f}",
+            f"{module.snr_db:.1f} dB",
+            f"{module.worst_group_snr_db:.1f} dB",
+        ]
+        for module in worst[:AUDIT_ROWS]
+    ]
 
 
 CHANGE_HEADER: Final = ("measure", "old", "new", "difference", "95 % bounds", "noise", "outcome")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from gemma_pack.checkpoint import Checkpoint, file_sha256
 from gemma_pack.record import FileDigest
 from gemma_pack.report import (
+    REPORT_NAME,
     Base,
     BosCheck,
     Divergence,
@@ -24,8 +26,12 @@ from gemma_pack.report import (
     Subject,
     TokenSpot,
     WindowSums,
+    report_directory,
 )
-from tests.records import text_record, validation_record
+from tests.records import quantized_record, text_record, validation_record
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PERCENTILES = ("min", "0.1", "1", "5", "10", "50", "90", "95", "99", "99.9", "max")
 
@@ -143,3 +149,26 @@ def make_report(**changes: Any) -> Report:
         ),
     }
     return Report.model_validate(fields | changes)
+
+
+def write_validation(directory: Path, **changes: Any) -> Report:
+    """Write the record of a validated variant into a checkpoint's directory, and its report beside it."""
+    checkpoint = Checkpoint.open(directory)
+    record = quantized_record()
+    assert record.quantization
+    quantization = record.quantization.model_copy(update={"size_bytes": checkpoint.size_bytes})
+    subject = Subject(
+        recipe=quantization.recipe,
+        recipe_sha256=quantization.recipe_sha256,
+        scheme=quantization.scheme,
+        size_bytes=checkpoint.size_bytes,
+        files=tuple(
+            FileDigest(path=path.name, sha256=file_sha256(path), size_bytes=path.stat().st_size)
+            for path in checkpoint.shards
+        ),
+    )
+    report = make_report(**{"subject": subject, **changes})
+    record.model_copy(update={"quantization": quantization, "validation": report.summary()}).write(directory)
+    report_directory(directory).mkdir(exist_ok=True)
+    (report_directory(directory) / REPORT_NAME).write_bytes(report.encode())
+    return report

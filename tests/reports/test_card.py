@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,8 +13,10 @@ import yaml
 
 from gemma_pack.commands import run
 from gemma_pack.errors import CheckpointError
-from gemma_pack.record import Record
-from gemma_pack.reports.card import render_card, write_card
+from gemma_pack.record import Metric, Record
+from gemma_pack.reports.benchmarks import benchmark_rows
+from gemma_pack.reports.card import INFERENCE_SERVER_IMAGE, VLLM_IMAGE, render_card, write_card
+from tests.deploy import crd
 from tests.records import quantized_record, validation_record
 
 if TYPE_CHECKING:
@@ -52,6 +57,90 @@ def test_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
     assert matter["library_name"] == "transformers"
     assert matter["language"] == ["en"]
     assert {"gemma2", "w4a16", "int4", "compressed-tensors", "vllm"} <= set(matter["tags"])
+
+
+def test_front_matter_is_what_the_catalog_reads(tmp_path: Path) -> None:
+    record = quantized_record()
+    matter = front_matter(render_card(write_variant(tmp_path, record)))
+    assert matter["name"] == "gemma-2-9b-it-quantized.w4a16"
+    assert matter["description"] == "google/gemma-2-9b-it, quantized to int4 weights in groups of 128"
+    assert (matter["readme"], matter["provider"], matter["tasks"]) == ("README.md", "Google", ["text-to-text"])
+    assert "validated_on" not in matter
+    judged = record.model_copy(update={"validation": validation_record()})
+    assert front_matter(render_card(write_variant(tmp_path, judged)))["validated_on"] == ["transformers 5.17.0"]
+    seeing = front_matter(render_card(write_variant(tmp_path, record, model_type="gemma3")))
+    assert (seeing["pipeline_tag"], seeing["tasks"]) == ("image-text-to-text", ["image-text-to-text"])
+
+
+def test_the_benchmarks_show_both_sides_what_is_between_and_how_sure_that_is() -> None:
+    metrics = (
+        Metric(name="ppl_base", value=11.25),
+        Metric(name="ppl_variant", value=11.42),
+        Metric(
+            name="ppl_increase_percent",
+            value=1.5,
+            bound=1.875,
+            opposite_bound=1.125,
+            margin=3,
+            verdict="pass",
+            unit="%",
+        ),
+        Metric(name="kl_nats", value=0.03, bound=0.04, margin=0.05, verdict="pass", unit="nats"),
+        Metric(name="arc_base", value=70, unit="%"),
+        Metric(name="arc_variant", value=69, unit="%"),
+        Metric(name="arc_recovery_percent", value=98.57, bound=97, opposite_bound=100.5, unit="%"),
+        Metric(name="empty_answers", value=0, margin=0, verdict="pass"),
+    )
+    assert benchmark_rows(metrics) == [
+        ["perplexity", "11.250", "11.420", "1.50 %", "1.12 to 1.88 %", "≤ 3.00 %", "PASS"],
+        ["mean KL(base‖variant)", "", "", "0.0300 nats", "≤ 0.0400 nats", "≤ 0.0500 nats", "PASS"],
+        ["arc", "70.0000 %", "69.0000 %", "98.5700 %", "97.0000 to 100.5000 %", "", ""],
+        ["empty answers", "", "", "0", "", "≤ 0", "PASS"],
+    ]
+
+
+def test_the_servers_are_those_that_deploy_runs() -> None:
+    from gemma_pack.deploy import kserve, rhaiis
+
+    assert rhaiis.SERVER_IMAGE == INFERENCE_SERVER_IMAGE
+    assert VLLM_IMAGE.rpartition(":")[2] == kserve.RUNTIME_VERSION
+    assert kserve.RUNTIME_IMAGE.partition("@")[0] == VLLM_IMAGE.rpartition(":")[0]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_programs_on_the_card_are_programs_and_use_what_there_is(tmp_path: Path, chat: bool) -> None:
+    """What older Gemma cards show and transformers 5 no longer has must not come back."""
+    card = render_card(write_variant(tmp_path, quantized_record(), chat=chat))
+    programs = re.findall(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
+    assert len(programs) == 4
+    for program in programs:
+        tree = ast.parse(program)
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+        assert not imported & {"HybridCache", "SlidingWindowCache"}
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            keywords = {keyword.arg for keyword in call.keywords}
+            assert "torch_dtype" not in keywords
+            if ast.unparse(call.func) != "BitsAndBytesConfig":
+                assert not keywords & {"load_in_8bit", "load_in_4bit"}
+    for name in ("float32", "bfloat16", "int8", "nf4"):
+        assert f'"{name}"' in programs[-1]
+    scripts = re.findall(r"^```sh\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
+    assert all(shlex.split(script, comments=True) for script in scripts)
+
+
+def test_the_manifests_on_the_card_are_what_kserve_takes(tmp_path: Path) -> None:
+    card = render_card(write_variant(tmp_path, quantized_record()))
+    [manifests] = re.findall(r"^```yaml\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
+    runtime, service = yaml.safe_load_all(manifests)
+    kinds = {"ServingRuntime": "kserve-servingruntimes.yaml", "InferenceService": "kserve-inferenceservices.yaml"}
+    paths = {kind: crd.find(name) for kind, name in kinds.items()}
+    if None in paths.values():
+        pytest.skip("the published CRDs are not here: set GEMMA_PACK_SCHEMAS to a folder that has them")
+    for manifest in (runtime, service):
+        version = manifest["apiVersion"].partition("/")[2]
+        validator = crd.validator(paths[manifest["kind"]], version)  # type: ignore[arg-type]  # none is None
+        assert [error.message for error in validator.iter_errors(manifest)] == []
+    assert service["spec"]["predictor"]["model"]["runtime"] == runtime["metadata"]["name"]
 
 
 def test_every_number_of_the_record_is_on_the_card(tmp_path: Path) -> None:
