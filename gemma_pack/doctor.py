@@ -1,7 +1,7 @@
 """What this machine can do for gemma-pack, what it lacks, and the remedy.
 
-Nothing is changed, nothing is asked of a network, no secret is shown. Versions are read from metadata and the GPU is
-asked through nvidia-smi, so that a machine without torch gets the same answer.
+Nothing is changed, nothing is asked of a network, no secret is shown. Versions are read from metadata, so that a
+machine without torch gets the same answer.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from gemma_pack.console import format_bytes
 from gemma_pack.errors import AccessError
+from gemma_pack.machine import NATIVE_FROM, Gpu, available_memory, find_gpus, written
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 State = Literal["ok", "limited", "broken"]
 """`limited`: some commands cannot run or are slow. `broken`: gemma-pack itself is not as it must be."""
 
-OLDEST_BF16_GPU: Final = (8, 0)
-"""Compute capability of Ampere, NVIDIA's first with bfloat16 (CUDA C++ programming guide, arithmetic instructions)."""
 FOR_MODELS: Final = frozenset(
     {"torch", "transformers", "llmcompressor", "compressed-tensors", "bitsandbytes", "datasets"}
 )
@@ -40,7 +38,10 @@ TOOLS: Final = {
 BF16_BYTES: Final = 2
 DEMO_DISK_BYTES: Final = 2_000_000_000
 """The demo's base, variant and image take 1.2 GB, and 0.3 GB more while the base is made."""
-ANSWER_SECONDS: Final = 10
+OLDEST_DRIVER: Final = 525
+"""Runs what is built for CUDA 12 (CUDA compatibility guide, minor version compatibility)."""
+CUDA_13_DRIVER: Final = 580
+"""Runs what is built for CUDA 13 (the same guide)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +64,14 @@ def examine(
         registries: hosts with a stored login, or what is wrong with the file of logins.
         environ: the environment variables.
     """
-    gpus = _gpus()
+    gpus = find_gpus()
     return [
         Finding(subject="Python", state="ok", text=platform.python_version()),
         *_packages(),
-        *gpus,
-        *_torch_build(has_gpu=any(gpu.state == "ok" for gpu in gpus)),
+        *_gpus(gpus),
+        *_driver(gpus),
+        *_recipes(gpus),
+        *_torch_build(has_gpu=any(gpu.has_bf16 for gpu in gpus)),
         _processor(),
         _memory(),
         _disk(directory),
@@ -114,12 +117,8 @@ def _package(requirement: Requirement, installed: str | None) -> Finding:
     )
 
 
-def _gpus() -> list[Finding]:
-    """Ask the driver's own tool, one line a GPU."""
-    fields = "name,memory.total,memory.free,driver_version,compute_cap"
-    output = _answer(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"])
-    lines = [[cell.strip() for cell in line.split(",")] for line in (output or "").splitlines() if line.count(",") == 4]
-    if not lines:
+def _gpus(found: Sequence[Gpu]) -> list[Finding]:
+    if not found:
         return [
             Finding(
                 subject="GPU",
@@ -128,14 +127,13 @@ def _gpus() -> list[Finding]:
                 remedy="install NVIDIA's driver where there is a GPU; nvidia-smi comes with it",
             )
         ]
-    return [_gpu(f"GPU {number}", line) for number, line in enumerate(lines)]
+    return [_gpu(f"GPU {number}", gpu) for number, gpu in enumerate(found)]
 
 
-def _gpu(subject: str, line: list[str]) -> Finding:
-    name, total_mib, free_mib, driver, capability = line
-    free, total = (format_bytes(float(size) * (1 << 20)) if size.isdigit() else "?" for size in (free_mib, total_mib))
-    text = f"{name}, {free} of {total} free, compute capability {capability}, driver {driver}"
-    if capability.count(".") == 1 and tuple(map(int, capability.split("."))) >= OLDEST_BF16_GPU:
+def _gpu(subject: str, gpu: Gpu) -> Finding:
+    free, total = ("?" if size is None else format_bytes(size) for size in (gpu.free_bytes, gpu.total_bytes))
+    text = f"{gpu.name}, {free} of {total} free, compute capability {written(gpu.capability)}, driver {gpu.driver}"
+    if gpu.has_bf16:
         return Finding(subject=subject, state="ok", text=text)
     return Finding(
         subject=subject,
@@ -143,6 +141,41 @@ def _gpu(subject: str, line: list[str]) -> Finding:
         text=f"{text}: no bfloat16, and Gemma overflows float16",
         remedy="use Ampere (A10, A100), Ada (L4, L40S) or later",
     )
+
+
+def _driver(gpus: Sequence[Gpu]) -> list[Finding]:
+    """Hold the driver against the CUDA that torch's builds bring with them."""
+    versions = sorted({gpu.driver for gpu in gpus})
+    majors = [int(version.partition(".")[0]) for version in versions if version.partition(".")[0].isdigit()]
+    if not majors:
+        return []
+    text = ", ".join(versions)
+    if min(majors) >= CUDA_13_DRIVER:
+        return [Finding(subject="driver", state="ok", text=f"{text}: CUDA 13 and older")]
+    if min(majors) >= OLDEST_DRIVER:
+        remedy = f"update the driver to {CUDA_13_DRIVER} or later, or install torch's build for CUDA 12"
+        return [Finding(subject="driver", state="limited", text=f"{text}: CUDA 12, not 13", remedy=remedy)]
+    remedy = f"update the driver to {CUDA_13_DRIVER} or later"
+    return [Finding(subject="driver", state="limited", text=f"{text}: too old for CUDA 12", remedy=remedy)]
+
+
+def _recipes(gpus: Sequence[Gpu]) -> list[Finding]:
+    """Hold the GPUs against what each shipped recipe needs to be served."""
+    from gemma_pack.recipe import load_recipe, shipped_names
+
+    if not gpus:
+        return []
+    schemes = {name: load_recipe(name).scheme for name in shipped_names()}
+    fine = [name for name, scheme in schemes.items() if all(gpu.runs_natively(scheme) for gpu in gpus)]
+    findings = [Finding(subject="recipes", state="ok", text=f"served natively here: {', '.join(fine) or 'none'}")]
+    for name in (name for name in schemes if name not in fine):
+        unpacked = all(gpu.has_bf16 for gpu in gpus)
+        text = f"wants compute capability {written(NATIVE_FROM[schemes[name]])}" + (
+            "; here vLLM unpacks its weights to bfloat16, which saves memory and no time" if unpacked else ""
+        )
+        remedy = "serve it on a newer GPU, or choose w4a16 or w8a8" if unpacked else "serve it on Ampere or later"
+        findings.append(Finding(subject=f"recipe {name}", state="limited", text=text, remedy=remedy))
+    return findings
 
 
 def _torch_build(*, has_gpu: bool) -> list[Finding]:
@@ -166,27 +199,12 @@ def _processor() -> Finding:
 
 
 def _memory() -> Finding:
-    available = _available_memory()
+    available = available_memory()
     if available is None:
         return Finding(subject="memory", state="ok", text="this system does not say how much is available")
     billions = available / BF16_BYTES / 1e9
     text = f"{format_bytes(available)} available: bf16 weights of up to {billions:.1f} billion parameters"
     return Finding(subject="memory", state="ok", text=text)
-
-
-def _available_memory(root: Path = Path("/")) -> int | None:
-    """Return the bytes that can still be taken: of the machine, and of the container's limit if there is one."""
-    try:
-        lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text("utf-8").splitlines())
-        available = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-    group = root / "sys/fs/cgroup"
-    try:
-        limit = int((group / "memory.max").read_text("utf-8"))
-        return max(0, min(available, limit - int((group / "memory.current").read_text("utf-8"))))
-    except (OSError, ValueError):  # no control group, or `max`: no limit
-        return available
 
 
 def _disk(directory: Path) -> Finding:
@@ -265,14 +283,4 @@ def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return None
-
-
-def _answer(command: list[str]) -> str | None:
-    """Return what a program prints; None where there is none, or it fails or hangs."""
-    try:
-        return subprocess.run(  # noqa: S603 - a fixed list
-            command, check=True, capture_output=True, text=True, timeout=ANSWER_SECONDS
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
         return None

@@ -11,6 +11,8 @@ import pytest
 
 from gemma_pack import doctor
 from gemma_pack.errors import AccessError
+from gemma_pack.machine import NATIVE_FROM, available_memory, find_gpus
+from gemma_pack.recipe import load_recipe, shipped_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,6 +99,41 @@ def test_gpus_are_judged_by_what_they_can(programs: Callable[[str, str], None]) 
     assert "? of ? free" in found["GPU 2"].text
 
 
+def test_recipes_are_held_against_the_compute_capability(programs: Callable[[str, str], None]) -> None:
+    programs("nvidia-smi", H100)
+    found = look()
+    served = found["recipes"].text
+    assert found["recipes"].state == "ok"
+    for name in shipped_names():
+        native = load_recipe(name).scheme != "NVFP4"  # Hopper is 9.0, Blackwell 10.0
+        assert (f"recipe {name}" in found) is not native
+        assert (name in served.replace(",", "").split()) is native
+    programs("nvidia-smi", T4)
+    assert look()["recipe w4a16"].remedy == "serve it on Ampere or later"
+    programs("nvidia-smi", "NVIDIA A100-SXM4-80GB, 81920, 81000, 580.65.06, 8.0")
+    unpacked = look().get("recipe fp8-dynamic")
+    assert unpacked is None or "saves memory and no time" in unpacked.text
+
+
+def test_every_scheme_has_a_floor() -> None:
+    assert {load_recipe(name).scheme for name in shipped_names()} <= set(NATIVE_FROM)
+
+
+@pytest.mark.parametrize(
+    ("driver", "state"), [("580.65.06", "ok"), ("535.104.05", "limited"), ("470.1", "limited"), ("?", None)]
+)
+def test_the_driver_is_held_against_cuda(programs: Callable[[str, str], None], driver: str, state: str | None) -> None:
+    programs("nvidia-smi", f"NVIDIA A10, 23028, 22000, {driver}, 8.6")
+    found = look().get("driver")
+    assert (found.state if found else None) == state
+
+
+def test_a_machine_without_a_driver_is_asked_no_more(programs: Callable[[str, str], None]) -> None:
+    del programs
+    assert find_gpus() == []
+    assert not {"recipes", "driver"} & set(look())
+
+
 def test_an_answer_that_is_no_table_is_no_gpu(programs: Callable[[str, str], None]) -> None:
     programs("nvidia-smi", "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.")
     assert look()["GPU"].state == "limited"
@@ -133,11 +170,11 @@ def test_memory_is_what_the_container_leaves(
         (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
         (tmp_path / "sys/fs/cgroup/memory.max").write_text(limit, "utf-8")
         (tmp_path / "sys/fs/cgroup/memory.current").write_text(current, "utf-8")
-    assert doctor._available_memory(tmp_path) == available
+    assert available_memory(tmp_path) == available
 
 
 def test_a_system_without_meminfo_is_no_error(tmp_path: Path) -> None:
-    assert doctor._available_memory(tmp_path) is None
+    assert available_memory(tmp_path) is None
 
 
 def test_a_full_disk_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,9 +51,8 @@ class Bundle:
 
 def provenance_warnings(image: ServedImage) -> tuple[str, ...]:
     """Return what is wrong with serving this image, whatever the target: nothing, if it passed its validation."""
-    validation = image.record.validation if image.record else None
-    if validation is None:
+    if image.verdict is None:
         return ("nothing in the image says that the variant was validated against its base",)
-    if validation.verdict != "pass":
-        return (f"the validation of this variant ended with: {validation.verdict}",)
+    if image.verdict != "pass":
+        return (f"the validation of this variant ended with: {image.verdict}",)
     return ()

@@ -28,6 +28,8 @@ class ServedImage:
         record: gemma-pack.json of the variant; None for an image that something else made.
         config: config.json of the variant.
         is_artifact: whether it holds raw files, which ilab reads, and not a modelcar's file system.
+        report_verdict: of the validation report that is attached to it; None where there is none.
+        report_signer: who signed that report; None for nobody.
     """
 
     reference: str
@@ -36,6 +38,8 @@ class ServedImage:
     record: Record | None
     config: Mapping[str, Any]
     is_artifact: bool = False
+    report_verdict: str | None = None
+    report_signer: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is not pinned."""
@@ -64,6 +68,12 @@ class ServedImage:
         return quantization.size_bytes if quantization else self.size_bytes
 
     @property
+    def verdict(self) -> str | None:
+        """How its validation ended, by the report that is attached to it, else by its record; None without one."""
+        recorded = self.record.validation.verdict if self.record and self.record.validation else None
+        return self.report_verdict or recorded
+
+    @property
     def answers_chat(self) -> bool:
         """Whether the model is instruction-tuned, by Google's suffix `-it`, and so has a chat template."""
         return self.record is not None and re.search(r"-it\b", self.record.source.model_id) is not None
@@ -81,11 +91,13 @@ class ServedImage:
         lines = [f"Weights: {self.reference}" + (f" (tag {self.tag} when this was written)" if self.tag else "")]
         if self.record is None:
             return [*lines, "The image carries no record of its origin."]
-        source, quantization, validation = self.record.source, self.record.quantization, self.record.validation
+        source, quantization = self.record.source, self.record.quantization
         lines.append(f"Base: {source.model_id}" + (f" at {source.revision}" if source.revision else ""))
         if source.note:
             lines.append(f"Note: {source.note}")
         if quantization:
             lines.append(f"Recipe: {quantization.recipe} ({quantization.scheme})")
-        lines.append(f"Validation: {validation.verdict if validation else 'none'}")
+        lines.append(f"Validation: {self.verdict or 'none'}")
+        if self.report_signer:
+            lines.append(f"Report signed by: {self.report_signer}")
         return lines

@@ -1,20 +1,24 @@
 """KServe, and so OpenShift AI: a ServingRuntime and an InferenceService, with a pull secret on request.
 
-Sources: the CRDs serving.kserve.io/v1alpha1 and v1beta1; pkg/utils/storage.go of KServe for the `oci` schemes and for
-what they need of an image; config/runtimes/kserve-vllmserver.yaml for the container that KServe itself runs.
+Beside them, for those who want them: an LLMInferenceService in their place, a DaemonSet that pulls the weights onto the
+nodes before the first pod waits for them, and a Job that asks the served model.
+
+Sources: the CRDs serving.kserve.io/v1alpha1, v1alpha2 and v1beta1; pkg/utils/storage.go of KServe for the `oci` schemes
+and for what they need of an image; config/runtimes/kserve-vllmserver.yaml and config/llmisvcconfig for the containers
+that KServe itself runs.
 """
 
 from __future__ import annotations
 
 import math
 import shlex
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from gemma_pack.console import format_bytes
 from gemma_pack.deploy.bundle import Bundle, BundleFile, provenance_warnings
 from gemma_pack.deploy.options import STORAGE_SCHEMES
 from gemma_pack.deploy.resources import GIB
-from gemma_pack.deploy.server import curl_command, server_arguments
+from gemma_pack.deploy.server import curl_command, engine_arguments, request, server_arguments
 from gemma_pack.deploy.templating import render
 
 if TYPE_CHECKING:
@@ -27,6 +31,12 @@ RUNTIME_IMAGE: Final = (
     "docker.io/vllm/vllm-openai@sha256:8a69ffad015f138d7170c4ddc429e230a3bc1c1719f67e14324749df200a4b90"
 )
 """The project's own server image at RUNTIME_VERSION, pinned: its index of all platforms."""
+PAUSE_IMAGE: Final = "registry.k8s.io/pause:3.10"
+"""Kubernetes' own container that does nothing: no node runs without one."""
+CURL_IMAGE: Final = "docker.io/curlimages/curl:8.10.1"
+"""The curl project's own image."""
+SMOKE_TRIES: Final = 180
+"""Ten seconds apart: the 30 minutes that the server has to start."""
 
 
 def kserve_bundle(image: ServedImage, resources: Resources, options: Options) -> Bundle:
@@ -44,6 +54,13 @@ def kserve_bundle(image: ServedImage, resources: Resources, options: Options) ->
         forms.append(
             BundleFile(name="pull-secret.yaml", text=render("kserve/pull-secret.yaml", **values), printed=False)
         )
+    forms += [
+        BundleFile(
+            name="llm-inference-service.yaml", text=_llm_service(image, name, resources, options), printed=False
+        ),
+        BundleFile(name="prepull.yaml", text=_prepull(image, name, resources, options), printed=False),
+        BundleFile(name="smoke.yaml", text=_smoke(image, name), printed=False),
+    ]
     kustomization = render("kserve/kustomization.yaml", resources=[file.name for file in files])
     forms.append(BundleFile(name="kustomization.yaml", text=kustomization, printed=False))
     return Bundle(
@@ -66,24 +83,54 @@ def _serving_runtime(name: str, resources: Resources, options: Options) -> str:
 
 
 def _inference_service(image: ServedImage, name: str, resources: Resources, options: Options) -> str:
-    scheme = options.storage_scheme or STORAGE_SCHEMES[0]
     return render(
         "kserve/inference-service.yaml",
-        about=["Written by gemma-pack deploy.", *image.describe()],
-        arithmetic=resources.explain(),
-        node_disk=format_bytes(resources.node_disk_bytes),
-        name=name,
-        pull_secret=options.pull_secret,
-        storage_uri=f"{scheme}://{image.reference}",
+        **_served(image, name, resources, options),
         arguments=server_arguments(name, resources),
-        cpu_request=resources.cpu_request,
-        cpu_limit=resources.cpu_limit,
-        memory_request=_gibibytes(resources.memory_request_bytes),
-        memory_limit=_gibibytes(resources.memory_limit_bytes),
-        ephemeral_storage=_gibibytes(image.size_bytes) if scheme == "oci+fetch" else None,
-        gpus=resources.gpus,
-        gpu_memory_mib=math.ceil(resources.gpu_memory_bytes / (1 << 20)),
+        ephemeral_storage=_gibibytes(image.size_bytes) if options.storage_scheme == "oci+fetch" else None,
     )
+
+
+def _llm_service(image: ServedImage, name: str, resources: Resources, options: Options) -> str:
+    arguments = ["--dtype=bfloat16", *engine_arguments(resources)]
+    return render("kserve/llm-inference-service.yaml", **_served(image, name, resources, options), arguments=arguments)
+
+
+def _prepull(image: ServedImage, name: str, resources: Resources, options: Options) -> str:
+    served = _served(image, name, resources, options)
+    return render("kserve/prepull.yaml", **served, reference=image.reference, pause_image=PAUSE_IMAGE)
+
+
+def _smoke(image: ServedImage, name: str) -> str:
+    path, body = request(image, name)
+    marker = "'\"content\"'" if image.answers_chat else "'\"text\"'"
+    return render(
+        "kserve/smoke.yaml",
+        name=name,
+        curl_image=CURL_IMAGE,
+        path=path,
+        body=body,
+        marker=marker,
+        tries=SMOKE_TRIES,
+    )
+
+
+def _served(image: ServedImage, name: str, resources: Resources, options: Options) -> dict[str, Any]:
+    """Return what the manifests of a served model have in common."""
+    return {
+        "about": ["Written by gemma-pack deploy.", *image.describe()],
+        "arithmetic": resources.explain(),
+        "node_disk": format_bytes(resources.node_disk_bytes),
+        "name": name,
+        "pull_secret": options.pull_secret,
+        "storage_uri": f"{options.storage_scheme or STORAGE_SCHEMES[0]}://{image.reference}",
+        "cpu_request": resources.cpu_request,
+        "cpu_limit": resources.cpu_limit,
+        "memory_request": _gibibytes(resources.memory_request_bytes),
+        "memory_limit": _gibibytes(resources.memory_limit_bytes),
+        "gpus": resources.gpus,
+        "gpu_memory_mib": math.ceil(resources.gpu_memory_bytes / (1 << 20)),
+    }
 
 
 def _steps(image: ServedImage, name: str, options: Options) -> tuple[str, ...]:
@@ -93,13 +140,18 @@ def _steps(image: ServedImage, name: str, options: Options) -> tuple[str, ...]:
         f"podman login --authfile {auth_file} {image.host}",
         f"{create} --from-file=.dockerconfigjson={auth_file}",
     )
-    apply = "kubectl apply -f -  # with the manifests above"
+    apply, prepull, smoke = "kubectl apply -f -  # with the manifests above", [], []
     if options.directory:
-        apply = f"kubectl apply -k {shlex.quote(str(options.directory))}"
+        place = shlex.quote(str(options.directory))
+        apply = f"kubectl apply -k {place}"
+        prepull = [f"kubectl apply -f {place}/prepull.yaml  # if the nodes shall pull the weights beforehand"]
+        smoke = [f"kubectl replace --force -f {place}/smoke.yaml  # if a Job shall ask instead of you"]
     return (
         *(secret if options.pull_secret else ()),
+        *prepull,
         apply,
         f"kubectl wait --for=condition=Ready inferenceservice/{name} --timeout=30m",
+        *smoke,
         f"kubectl port-forward deployment/{name}-predictor 8080:8080",
         curl_command(image, name, "http://127.0.0.1:8080"),
     )

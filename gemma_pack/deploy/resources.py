@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from gemma_pack.console import format_bytes
 from gemma_pack.errors import InvalidUsageError
@@ -16,8 +16,6 @@ from gemma_pack.gemma import decoder_number, kv_cache_bytes, require_gemma
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
-
-    from gemma_pack.deploy.image import ServedImage
 
 GIB: Final = 1 << 30
 GPU_MEMORY_UTILIZATION: Final = 0.9
@@ -36,6 +34,22 @@ LARGEST_SHARD_BYTES: Final = 5_000_000_000
 GPU_COUNTS: Final = (1, 2, 4, 8)
 GPU_MEMORY_BYTES: Final = 85_000_000_000
 """What A100 and H100 of "80 GB" have: they report 81,920 and 81,559 MiB."""
+
+
+class Servable(Protocol):
+    """What the arithmetic asks of an image."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json of the variant."""
+
+    @property
+    def weights_bytes(self) -> int:
+        """Tensor bytes of the variant."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all layers, as a node pulls them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +95,7 @@ class Resources:
         )
 
 
-def plan_resources(image: ServedImage, demand: Demand) -> Resources:
+def plan_resources(image: Servable, demand: Demand) -> Resources:
     """Return what one replica needs.
 
     GPU memory is (weights + KV cache, both split over the GPUs, + activations) / share that vLLM may take.
@@ -124,7 +138,7 @@ def _context(config: Mapping[str, Any], wanted: int | None) -> int:
     return wanted or longest
 
 
-def _split(image: ServedImage, kv_cache: int, demand: Demand) -> tuple[int, int]:
+def _split(image: Servable, kv_cache: int, demand: Demand) -> tuple[int, int]:
     """Return the smallest number of GPUs that is enough, and the bytes that each must have."""
     kv_heads = decoder_number(image.config, "num_key_value_heads")
     needed = 0

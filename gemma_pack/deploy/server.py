@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import TYPE_CHECKING, Final
 
 from gemma_pack.deploy.resources import GPU_MEMORY_UTILIZATION
@@ -26,13 +27,25 @@ def engine_arguments(resources: Resources) -> list[str]:
     return [f"--max-model-len={resources.max_model_len}", f"--gpu-memory-utilization={GPU_MEMORY_UTILIZATION}"]
 
 
-def curl_command(image: ServedImage, name: str, base_url: str) -> str:
-    """Return the call of the OpenAI API that shows that the server answers.
+def request(image: ServedImage, name: str) -> tuple[str, str]:
+    """Return path, below /v1/, and JSON body of the call of the OpenAI API that shows that the server answers."""
+    return request_of(name, chat=image.answers_chat)
 
-    Only an instruction-tuned Gemma has a chat template; a base model continues text.
-    """
-    path = "chat/completions" if image.answers_chat else "completions"
+
+def request_of(name: str, *, chat: bool) -> tuple[str, str]:
+    """Return the same for a model of that name: only one with a chat template answers, others continue text."""
+    path = "chat/completions" if chat else "completions"
     message = [{"role": "user", "content": PROMPT}]
-    ask = {"messages": message} if image.answers_chat else {"prompt": PROMPT, "max_tokens": 64}
-    body = json.dumps({"model": name, **ask})
-    return f"curl {base_url}/v1/{path} -H 'Content-Type: application/json' -d '{body}'"
+    ask = {"messages": message} if chat else {"prompt": PROMPT, "max_tokens": 64}
+    return path, json.dumps({"model": name, **ask})
+
+
+def curl_command(image: ServedImage, name: str, base_url: str) -> str:
+    """Return that call as a line for a shell."""
+    return curl_of(name, base_url, chat=image.answers_chat)
+
+
+def curl_of(name: str, base_url: str, *, chat: bool) -> str:
+    """Return the same for a model of that name."""
+    path, body = request_of(name, chat=chat)
+    return f"curl {base_url}/v1/{path} -H 'Content-Type: application/json' -d {shlex.quote(body)}"

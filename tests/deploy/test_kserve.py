@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import subprocess
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +35,9 @@ GOLDEN = Path(__file__).parent / "golden" / "kserve"
 KINDS = {
     "ServingRuntime": ("kserve-servingruntimes.yaml", "v1alpha1"),
     "InferenceService": ("kserve-inferenceservices.yaml", "v1beta1"),
+    "LLMInferenceService": ("kserve-llminferenceservices.yaml", "v1alpha2"),
 }
+KUBERNETES_OWN = {"DaemonSet", "Job"}
 
 
 def bundle_of(image: ServedImage, *, gpu_gb: int = 85, **options: Any) -> Bundle:
@@ -70,7 +76,7 @@ def test_the_published_crds_take_every_object(
     assert {kind: refused(parsed[kind]) for kind in KINDS} == {kind: [] for kind in KINDS}
 
 
-@pytest.mark.parametrize("file", ["serving-runtime.yaml", "inference-service.yaml"])
+@pytest.mark.parametrize("file", ["serving-runtime.yaml", "inference-service.yaml", "llm-inference-service.yaml"])
 def test_the_crds_take_the_manifests_kept_here(refused: Callable[[dict[str, Any]], list[str]], file: str) -> None:
     assert refused(yaml.safe_load((GOLDEN / file).read_text("utf-8"))) == []
 
@@ -150,6 +156,141 @@ def test_the_server_runs_as_gemma_needs_it(served: Callable[..., ServedImage]) -
     assert container["startupProbe"]["periodSeconds"] * container["startupProbe"]["failureThreshold"] == 30 * 60
 
 
+def test_what_stands_beside_is_not_applied_with_the_rest(served: Callable[..., ServedImage]) -> None:
+    bundle = bundle_of(served())
+    listed = objects(bundle)["Kustomization"]["resources"]
+    assert listed == ["serving-runtime.yaml", "inference-service.yaml"]
+    beside = {file.name for file in bundle.files if not file.printed}
+    assert beside == {"llm-inference-service.yaml", "prepull.yaml", "smoke.yaml", "kustomization.yaml"}
+
+
+def test_the_llm_service_is_the_same_deployment(served: Callable[..., ServedImage]) -> None:
+    parsed = objects(bundle_of(served("gemma-3-27b-it"), gpu_gb=48, pull_secret="registry-key"))
+    service, predictor = parsed["LLMInferenceService"]["spec"], parsed["InferenceService"]["spec"]["predictor"]
+    [container] = service["template"]["containers"]
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert service["model"]["uri"] == predictor["model"]["storageUri"]
+    assert service["model"]["name"] == parsed["InferenceService"]["metadata"]["name"]
+    assert service["parallelism"] == {"tensor": 2}
+    arguments = environment["VLLM_ADDITIONAL_ARGS"].split()
+    assert arguments[0] == "--dtype=bfloat16"
+    assert set(arguments[1:]) < set(predictor["model"]["args"])
+    assert not any("tensor-parallel" in argument for argument in arguments)  # the cluster's command says it
+    assert container["resources"]["limits"] == predictor["model"]["resources"]["limits"]
+    assert "image" not in container
+    assert "args" not in container
+    assert service["template"]["affinity"] == predictor["affinity"]
+    assert service["template"]["imagePullSecrets"] == [{"name": "registry-key"}]
+
+
+def pods(bundle: Bundle) -> dict[str, dict[str, Any]]:
+    """Return the pod templates of the objects that are Kubernetes' own."""
+    return {kind: objects(bundle)[kind]["spec"]["template"] for kind in KUBERNETES_OWN}
+
+
+def test_pods_are_what_the_api_server_takes(served: Callable[..., ServedImage]) -> None:
+    """LLMInferenceService has a whole PodSpec in its schema, so that of the others can be held against it."""
+    path = crd.find(KINDS["LLMInferenceService"][0])
+    if path is None:
+        pytest.skip("the published CRDs are not here: set GEMMA_PACK_SCHEMAS to a folder that has them")
+    whole = crd.validator(path, "v1alpha2")
+    pod = whole.evolve(schema=whole.schema["properties"]["spec"]["properties"]["template"])
+    for template in pods(bundle_of(served(), pull_secret="registry-key")).values():
+        assert [f"{error.json_path}: {error.message}" for error in pod.iter_errors(template["spec"])] == []
+    wrong = copy.deepcopy(template["spec"])
+    wrong["containers"][0]["securityContext"]["capabilites"] = {}
+    assert list(pod.iter_errors(wrong))
+
+
+def test_the_prepuller_pulls_what_is_served_where_it_is_served(served: Callable[..., ServedImage]) -> None:
+    parsed = objects(bundle_of(served(), pull_secret="registry-key"))
+    daemon_set, predictor = parsed["DaemonSet"]["spec"], parsed["InferenceService"]["spec"]["predictor"]
+    template = daemon_set["template"]
+    assert daemon_set["selector"]["matchLabels"] == template["metadata"]["labels"]
+    [pull] = template["spec"]["initContainers"]
+    assert predictor["model"]["storageUri"] == f"oci://{pull['image']}"
+    assert pull["args"] == ["echo", "pulled"]
+    assert template["spec"]["affinity"] == predictor["affinity"]
+    assert template["spec"]["tolerations"] == predictor["tolerations"]
+    assert template["spec"]["imagePullSecrets"] == [{"name": "registry-key"}]
+    assert "nvidia.com/gpu" not in str(template["spec"]["containers"])
+
+
+def test_the_embedded_base_ends_at_once_when_the_prepuller_asks(
+    served: Callable[..., ServedImage], tmp_path: Path
+) -> None:
+    """The base's program waits for ever when KServe's sidecar calls it; as this init container it must not."""
+    from gemma_pack.oci.base import EMBEDDED, load_base
+
+    machine = {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine]
+    base = next(one for one in load_base(EMBEDDED) if one.platform.architecture == machine)
+    with tarfile.open(base.layers[0].path) as layer:
+        layer.extractall(tmp_path, filter="data")
+    [pull] = pods(bundle_of(served()))["DaemonSet"]["spec"]["initContainers"]
+    program = tmp_path / base.runtime["Entrypoint"][0].lstrip("/")  # type: ignore[index]  # it has one
+    subprocess.run([program, *pull["args"]], check=True, capture_output=True, timeout=30)
+
+
+ANSWERS = {
+    "chat": b'{"choices": [{"message": {"content": "Roses are red"}}]}',
+    "text": b'{"choices": [{"text": " and so on"}]}',
+    "nonsense": b'{"object": "error"}',
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "failures", "code"),
+    [
+        ("gemma-2-9b-it", "chat", 2, 0),
+        ("gemma-3-270m", "text", 0, 0),
+        ("gemma-3-270m", "nonsense", 0, 1),
+        ("gemma-3-270m", "text", 99, 1),
+    ],
+)
+def test_the_smoke_job_asks_until_the_server_answers(
+    served: Callable[..., ServedImage], tool: Callable[[str], str], name: str, answer: str, failures: int, code: int
+) -> None:
+    """Runs the Job's own script with the system's curl against a server that is not ready at once."""
+    [container] = pods(bundle_of(served(name), name="poet"))["Job"]["spec"]["containers"]
+    tool("curl")
+    seen: list[tuple[str, dict[str, Any]]] = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((self.path, body))
+            ready = len(seen) > failures
+            self.send_response(200 if ready else 503)
+            self.end_headers()
+            self.wfile.write(ANSWERS[answer] if ready else b"not yet")
+
+        def log_message(self, *args: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        [script] = container["args"]
+        for old, new in (
+            ("poet-predictor:$port", f"127.0.0.1:{server.server_address[1]}"),
+            ("sleep 10", "sleep 0"),
+            ("$(seq 180)", "1 2 3"),
+        ):
+            assert old in script
+            script = script.replace(old, new)
+        environment = {**os.environ, "no_proxy": "127.0.0.1"}
+        environment |= {entry["name"]: entry["value"] for entry in container["env"]}
+        ran = subprocess.run(["sh", "-c", script], env=environment, check=False, capture_output=True, timeout=60)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert ran.returncode == code, ran.stderr
+    path, body = seen[-1]
+    assert path == ("/v1/chat/completions" if name.endswith("-it") else "/v1/completions")
+    assert body["model"] == "poet"
+
+
 def test_gpus_appear_in_every_place(served: Callable[..., ServedImage]) -> None:
     predictor = objects(bundle_of(served("gemma-3-27b-it"), gpu_gb=48))["InferenceService"]["spec"]["predictor"]
     resources = predictor["model"]["resources"]
@@ -193,7 +334,7 @@ def test_a_pull_secret_is_referred_to_and_never_overwritten(served: Callable[...
 
 def test_without_a_pull_secret_there_is_no_account(served: Callable[..., ServedImage]) -> None:
     parsed = objects(bundle_of(served()))
-    assert set(parsed) == {"ServingRuntime", "InferenceService", "Kustomization"}
+    assert set(parsed) == {*KINDS, *KUBERNETES_OWN, "Kustomization"}
     assert "serviceAccountName" not in parsed["InferenceService"]["spec"]["predictor"]
 
 
@@ -217,7 +358,7 @@ def test_a_record_cannot_add_to_a_manifest(served: Callable[..., ServedImage], b
     evil = f"google/gemma-3-270m{breaking}metadata: {{namespace: kube-system}}"
     image = served(record=record_of(evil, 1, note=f"a{breaking}kind: Pod"))
     parsed = objects(bundle_of(image))
-    assert set(parsed) == {"ServingRuntime", "InferenceService", "Kustomization"}
+    assert set(parsed) == {*KINDS, *KUBERNETES_OWN, "Kustomization"}
     assert "namespace" not in parsed["InferenceService"]["metadata"]
 
 

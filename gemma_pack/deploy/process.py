@@ -1,0 +1,151 @@
+"""vLLM's server as a process of ours: found, started on a directory, waited for, stopped with all its children."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from gemma_pack.errors import GemmaPackError, MachineError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+VARIABLE: Final = "GEMMA_PACK_VLLM"
+STOP_SECONDS: Final = 20
+POLL_SECONDS: Final = 0.5
+LOG_LINES: Final = 30
+OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+"""The model is a directory: nothing is to be asked of a network, and nothing told to one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """A running server.
+
+    Attributes:
+        base_url: `http://host:port`, without a path.
+        log: what it wrote so far.
+        start_seconds: from the start of the process to the first healthy answer.
+    """
+
+    base_url: str
+    log: Path
+    start_seconds: float
+    process: subprocess.Popen[bytes]
+
+
+def find_vllm(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return a Python that has vLLM: that of GEMMA_PACK_VLLM, our own, or the one beside a `vllm` on the PATH.
+
+    Raises:
+        MachineError: there is none; the hint says how to get one.
+    """
+    if given := environ.get(VARIABLE):
+        if not Path(given).is_file():
+            raise MachineError(
+                f"{VARIABLE} names {given}, and it is not there",
+                hint="set it to the Python of an environment that has vLLM",
+            )
+        return Path(given)
+    if find_spec("vllm"):
+        return Path(sys.executable)
+    script = shutil.which("vllm", path=environ.get("PATH"))
+    beside = Path(script).with_name("python") if script else None
+    if beside and beside.is_file():
+        return beside
+    raise MachineError(
+        "there is no vLLM here",
+        hint="python -m venv vllm && vllm/bin/pip install vllm && "
+        f"export {VARIABLE}=$PWD/vllm/bin/python; in a container: gemma-pack deploy REF --target rhaiis",
+    )
+
+
+@contextmanager
+def serving(
+    python: Path, directory: Path, arguments: Sequence[str], *, host: str, port: int, log: Path
+) -> Iterator[Server]:
+    """Serve the checkpoint in `directory` with the OpenAI API until the block ends.
+
+    The module is started, not the `vllm` script: the script of vLLM's CPU build looks for a distribution named vllm.
+
+    Args:
+        python: of an environment that has vLLM.
+        directory: holds config, weights and tokenizer.
+        arguments: further options of `vllm serve`.
+        host: address to listen on.
+        port: to listen on.
+        log: file that gets the server's output.
+
+    Raises:
+        GemmaPackError: it died before it was healthy; the message ends with its last lines.
+    """
+    started = time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen(  # noqa: S603 - a list of arguments, no shell
+            [
+                str(python), "-m", "vllm.entrypoints.openai.api_server",
+                f"--model={directory}", f"--host={host}", f"--port={port}", *arguments,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **OFFLINE},
+            start_new_session=True,  # a group of its own: Ctrl-C reaches us alone, and we stop all of it in order
+        )  # fmt: skip
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - compared with, not bound
+    try:
+        base_url = f"http://{shown}:{port}"
+        _wait_until_healthy(process, base_url, log)
+        yield Server(base_url=base_url, log=log, start_seconds=time.monotonic() - started, process=process)
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the server to end and wait for its whole process group; what does not end in time is killed."""
+    process.terminate()
+    deadline = time.monotonic() + STOP_SECONDS
+    while _group_lives(process.pid) and time.monotonic() < deadline:
+        process.poll()  # collects the leader's exit code: until then it counts as a member of its group
+        time.sleep(0.05)
+    if _group_lives(process.pid):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def last_lines(log: Path) -> str:
+    """Return the end of what a server wrote."""
+    return "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-LOG_LINES:])
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], base_url: str, log: Path) -> None:
+    import httpx
+
+    while process.poll() is None:  # a large model may load for many minutes; Ctrl-C ends the wait
+        try:
+            if httpx.get(f"{base_url}/health", timeout=5, trust_env=False).status_code == httpx.codes.OK:
+                return
+        except httpx.TransportError:
+            pass  # not listening yet
+        time.sleep(POLL_SECONDS)
+    raise GemmaPackError(
+        f"vLLM ended with exit code {process.returncode} before it was healthy:\n{last_lines(log)}",
+        hint="options of vLLM's can be passed behind --, such as -- --max-model-len=4096",
+    )
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

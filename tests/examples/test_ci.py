@@ -1,0 +1,165 @@
+"""The CI examples: valid by their systems' own schemas, and every call of gemma-pack is one that it understands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import pytest
+import yaml
+
+from gemma_pack.commands import cli
+from tests.deploy import crd
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "ci"
+WORKFLOW = EXAMPLES / "github-actions.yaml"
+PIPELINE = EXAMPLES / "tekton" / "pipeline.yaml"
+VALUES = {
+    "MODEL": "google/gemma-2-9b-it", "RECIPE": "w4a16", "IMAGE": "ghcr.io/team/gemma:1.0", "RUNNER_TEMP": "keys",
+    "PINNED": "ghcr.io/team/gemma@sha256:" + "0" * 64, "params.model": "google/gemma-2-9b-it",
+    "params.recipe": "w4a16", "params.image": "ghcr.io/team/gemma:1.0", "workspaces.keys.path": "keys",
+}  # fmt: skip
+IN_ORDER = ["plan", "quantize", "validate", "card", "package", "push", "verify", "deploy"]
+
+
+def workflow() -> dict[str, Any]:
+    parsed: dict[Any, Any] = yaml.safe_load(WORKFLOW.read_text("utf-8"))
+    return {"on" if key is True else key: value for key, value in parsed.items()}  # YAML 1.1's idea of a key
+
+
+def tekton() -> dict[tuple[str, str], dict[str, Any]]:
+    objects = yaml.safe_load_all(PIPELINE.read_text("utf-8"))
+    return {(one["kind"], one["metadata"]["name"]): one for one in objects}
+
+
+def workflow_calls() -> list[list[str]]:
+    calls = []
+    for job in workflow()["jobs"].values():
+        for line in (line for step in job["steps"] for line in step.get("run", "").splitlines()):
+            if line.startswith("gemma-pack "):
+                words = shlex.split(re.sub(r"\$(\w+)", lambda match: VALUES[match[1]], line))
+                calls.append(words[: words.index(">")] if ">" in words else words)
+    return calls
+
+
+def pipeline_calls() -> list[list[str]]:
+    def filled(word: str) -> str:
+        return re.sub(r"\$\(([\w.-]+)\)", lambda match: VALUES[match[1]], word)
+
+    parsed = tekton()
+    order = [task["taskRef"]["name"] for task in parsed["Pipeline", "gemma-variant"]["spec"]["tasks"]]
+    steps = [step for name in order for step in parsed["Task", name]["spec"]["steps"]]
+    return [[*step["command"], *map(filled, step["args"])] for step in steps]
+
+
+CALLS = {"workflow": workflow_calls, "pipeline": pipeline_calls}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_call_is_one_that_the_command_line_understands(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parsed by the real commands, not run: an option that was renamed or taken away fails here."""
+    monkeypatch.chdir(tmp_path)
+    for path in ("keys/signing.pem", "keys/gemma-pack.pub", "gemma-pack.pub", "variant/README.md"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    calls = CALLS[name]()
+    assert [call[1] for call in calls] == IN_ORDER
+    with click.Context(cli, info_name="gemma-pack") as context:
+        for program, verb, *arguments in calls:
+            assert program == "gemma-pack"
+            command = cli.get_command(context, verb)
+            assert command, verb
+            command.make_context(verb, list(arguments), parent=context)
+            with pytest.raises(click.UsageError):
+                command.make_context(verb, [*arguments, "--no-such-option"], parent=context)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_is_pushed_without_a_verdict_nor_let_through_without_a_signature(name: str) -> None:
+    by_verb = {call[1]: call for call in CALLS[name]()}
+    assert "--require-verdict" in by_verb["push"]
+    assert "--sign-key" in by_verb["push"]
+    assert "--verify-key" in by_verb["deploy"]
+    assert "--full" in by_verb["verify"]
+    assert by_verb["validate"][by_verb["validate"].index("--report") + 1] == "report"
+
+
+def test_the_workflow_is_valid_by_githubs_schema(tmp_path: Path) -> None:
+    def check(path: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", str(path)]
+        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+
+    assert check(WORKFLOW).returncode == 0, check(WORKFLOW).stdout
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(WORKFLOW.read_text("utf-8").replace("runs-on:", "runs_on:"), "utf-8")
+    assert check(broken).returncode != 0
+
+
+def test_the_workflow_is_safe_to_copy() -> None:
+    parsed = workflow()
+    assert parsed["permissions"] == {}
+    for job in parsed["jobs"].values():
+        assert job["timeout-minutes"]
+        for step in job["steps"]:
+            assert "${{" not in step.get("run", "")  # an input is data, never a part of a script
+            if "uses" in step:
+                assert re.search(r"@[0-9a-f]{40}$", step["uses"])
+            if "checkout" in step.get("uses", ""):
+                assert step["with"]["persist-credentials"] is False
+    needed = re.findall(r"secrets\.(\w+)", WORKFLOW.read_text("utf-8"))
+    assert set(needed) == {"GITHUB_TOKEN", "HF_TOKEN", "SIGNING_KEY"}
+    outputs = parsed["jobs"]["variant"]["outputs"]
+    [step] = [step for step in parsed["jobs"]["variant"]["steps"] if step.get("id") == "push"]
+    assert outputs == {"pinned": "${{ steps.push.outputs.pinned }}"}
+    assert "pinned=" in step["run"]
+
+
+@pytest.fixture(scope="module")
+def refused() -> Callable[[dict[str, Any]], list[str]]:
+    """Return a function that says what Tekton's published CRD refuses in an object."""
+    validators: dict[str, Any] = {}
+
+    def check(manifest: dict[str, Any]) -> list[str]:
+        kind = manifest["kind"]
+        if kind not in validators:
+            path = crd.find(f"tekton-{kind.lower()}.yaml")
+            if path is None:
+                pytest.skip("the published CRDs are not here: set GEMMA_PACK_SCHEMAS to a folder that has them")
+            validators[kind] = crd.validator(path, "v1")
+        return [f"{error.json_path}: {error.message}" for error in validators[kind].iter_errors(manifest)]
+
+    return check
+
+
+def test_tekton_takes_every_object(refused: Callable[[dict[str, Any]], list[str]]) -> None:
+    parsed = tekton()
+    assert {key: refused(manifest) for key, manifest in parsed.items()} == {key: [] for key in parsed}
+    task = parsed["Task", "gemma-gate"]
+    task["spec"]["steps"][0]["imagge"] = "x"
+    assert refused(task)
+
+
+def test_the_pipeline_gives_each_task_what_it_declares() -> None:
+    parsed = tekton()
+    pipeline = parsed["Pipeline", "gemma-variant"]["spec"]
+    declared = {one["name"] for one in pipeline["params"]}
+    for used in pipeline["tasks"]:
+        task = parsed["Task", used["taskRef"]["name"]]["spec"]
+        assert {one["name"] for one in used["params"]} == {one["name"] for one in task["params"]}
+        assert {one["name"] for one in used["workspaces"]} == {one["name"] for one in task["workspaces"]}
+        assert {one["workspace"] for one in used["workspaces"]} <= {one["name"] for one in pipeline["workspaces"]}
+        references = re.findall(r"\$\(params\.([\w-]+)\)", str(used) + str(task))
+        assert set(references) <= declared
+        own = {one["name"] for one in task["params"]}
+        assert set(re.findall(r"\$\(params\.([\w-]+)\)", str(task))) <= own
+    assert pipeline["tasks"][1]["runAfter"] == [pipeline["tasks"][0]["name"]]
