@@ -5,14 +5,21 @@ Stages never call one another; this is the one place where the output of one bec
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_pack.errors import CheckpointError, InvalidUsageError, MachineError
+from gemma_pack.task_results import TASKS_DIRECTORY
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from gemma_pack.console import Reporter
+    from gemma_pack.evaluation.served import Servers
+    from gemma_pack.evaluation.tasks import TaskChoice
     from gemma_pack.quantization.variant import Variant
     from gemma_pack.recipe import Calibration, Recipe
     from gemma_pack.record import Record
@@ -35,6 +42,49 @@ class CalibrationChoice:
         return calibration.model_copy(update=said)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineChoice:
+    """What a user says about the servers that validate."""
+
+    engine: str
+    """The address of a vLLM server that serves the variant, or `vllm` to start one for base and variant."""
+    base_engine: str | None = None
+    served_model: str | None = None
+
+    def servers(self, partial: Path) -> Servers:
+        """Return the servers; what they read is kept in `partial` until there is a report."""
+        from gemma_pack.evaluation.served import Servers
+
+        return Servers(
+            variant=self.engine,
+            base=self.base_engine,
+            model=self.served_model,
+            kept=partial,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskNames:
+    """What a user says about tasks."""
+
+    names: tuple[str, ...] = ()
+    suite: str | None = None
+    limit: int | None = None
+
+    def choice(self, partial: Path, *, offline: bool) -> TaskChoice:
+        """Return the tasks; what they find is kept in `partial` until there is a report."""
+        from gemma_pack.evaluation.tasks import TaskChoice
+
+        return TaskChoice(
+            names=self.names,
+            suite=self.suite,
+            limit=self.limit,
+            kept=partial / "scores",
+            items=partial / "items",
+            offline=offline,
+        )
+
+
 def quantize_model(
     model: str,
     recipe_name: str,
@@ -47,52 +97,106 @@ def quantize_model(
     reporter: Reporter,
 ) -> Variant:
     """Obtain `model`, cut the calibration windows and quantize into `target`, with a model card beside the weights."""
+    return quantize_models(
+        model, {target: recipe_name}, choice, revision=revision, device=device, offline=offline, reporter=reporter
+    )[0]
+
+
+def quantize_models(
+    model: str,
+    recipes: Mapping[Path, str],
+    choice: CalibrationChoice,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    offline: bool = False,
+    reporter: Reporter,
+) -> list[Variant]:
+    """Do what `quantize_model` does for the recipe at each target; those that calibrate alike share the pass over it.
+
+    Under torchrun every process calls this, and together they do the work of one.
+    """
+    import torch
+
     from gemma_pack.checkpoint import Checkpoint
-    from gemma_pack.quantization.variant import Job, quantize
+    from gemma_pack.quantization.ranks import joined_ranks
+    from gemma_pack.quantization.variant import Job, quantize_together
     from gemma_pack.recipe import load_recipe, recipe_text
     from gemma_pack.reports.card import write_card
     from gemma_pack.sources import obtain
     from gemma_pack.text_sources import require_text
-    from gemma_pack.texts import load_windows
 
-    recipe = load_recipe(recipe_name)
-    calibration = choice.applied_to(recipe.calibration) if recipe.calibration else None
+    loaded = {target: load_recipe(name) for target, name in recipes.items()}
+    texts = {target: choice.applied_to(recipe.calibration) for target, recipe in loaded.items() if recipe.calibration}
     # before gigabytes are fetched for nothing
     if device == "cuda":
         resolve_device(device)
-    if calibration:
+    for calibration in texts.values():
         require_text(calibration.dataset)
-    source = obtain(model, revision=revision, output=None, offline=offline, reporter=reporter)
-    refinement = recipe.refinement
+    computes_on = resolve_device(device)
+    with joined_ranks(torch.device(computes_on)) as ranks:
+        if not ranks.is_first:  # the first one fetches, the others find it
+            ranks.wait()
+        source = obtain(model, revision=revision, output=None, offline=offline, reporter=reporter)
+        if ranks.is_first:
+            ranks.wait()
+        base = Checkpoint.open(source.directory)
+        cutter = _WindowCutter(source.directory, offline=offline, reporter=reporter)
+        jobs = {
+            target: Job(
+                base=base,
+                source=source.record,
+                recipe=recipe,
+                recipe_text=recipe_text(recipes[target]),
+                windows=cutter.cut(texts.get(target)),
+                refinement_windows=cutter.cut(_refinement_text(texts[target], recipe)) if recipe.refinement else None,
+                device=computes_on,
+            )
+            for target, recipe in loaded.items()
+        }
+        variants = quantize_together(jobs, reporter, ranks)
+    for variant in variants:
+        if variant.made_now and is_first_process():
+            write_card(variant.directory)
+    return variants
 
-    def windows(samples: int | None = None, sequence_length: int | None = None) -> Windows | None:
-        if calibration is None:
-            return None
-        return load_windows(
-            calibration.dataset,
-            "calibration",
-            source.directory,
-            samples=samples or calibration.samples,
-            sequence_length=sequence_length or calibration.sequence_length,
-            seed=calibration.seed,
-            split=calibration.split,
-            offline=offline,
-            reporter=reporter,
-        )
 
-    job = Job(
-        base=Checkpoint.open(source.directory),
-        source=source.record,
-        recipe=recipe,
-        recipe_text=recipe_text(recipe_name),
-        windows=windows(),
-        refinement_windows=windows(refinement.windows, refinement.sequence_length) if refinement else None,
-        device=resolve_device(device),
-    )
-    variant = quantize(job, target, reporter)
-    if variant.made_now:
-        write_card(target)
-    return variant
+def is_first_process() -> bool:
+    """Say whether this process is the only one, or the one of several under torchrun that speaks and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class _WindowCutter:
+    """Cuts calibration windows, each kind once."""
+
+    def __init__(self, tokenizer: Path, *, offline: bool, reporter: Reporter) -> None:
+        self._tokenizer, self._offline, self._reporter = tokenizer, offline, reporter
+        self._cut: dict[Calibration, Windows] = {}
+
+    def cut(self, calibration: Calibration | None) -> Windows | None:
+        from gemma_pack.texts import load_windows
+
+        if calibration is not None and calibration not in self._cut:
+            self._cut[calibration] = load_windows(
+                calibration.dataset,
+                "calibration",
+                self._tokenizer,
+                samples=calibration.samples,
+                sequence_length=calibration.sequence_length,
+                seed=calibration.seed,
+                split=calibration.split,
+                offline=self._offline,
+                reporter=self._reporter,
+            )
+        return self._cut[calibration] if calibration is not None else None
+
+
+def _refinement_text(calibration: Calibration, recipe: Recipe) -> Calibration:
+    """Return the same text, cut as refinement wants it."""
+    if recipe.refinement is None:
+        return calibration
+    shape = {"samples": recipe.refinement.windows, "sequence_length": recipe.refinement.sequence_length}
+    return calibration.model_copy(update=shape)
 
 
 def default_stem(model: str) -> str:
@@ -125,6 +229,8 @@ def validate_variant(
     recipe_name: str | None = None,
     seed: int = 0,
     device: str = "auto",
+    engine: EngineChoice | None = None,
+    tasks: TaskNames | None = None,
     offline: bool = False,
     reporter: Reporter,
 ) -> Report:
@@ -139,6 +245,8 @@ def validate_variant(
         recipe_name: whose gate judges; None means that of the variant's own recipe.yaml.
         seed: which windows are drawn, and the bootstrap's draws.
         device: `auto`, `cpu` or `cuda`.
+        engine: the servers that compute; None computes in this process.
+        tasks: the benchmark tasks to run besides; None for none.
         offline: use no network.
         reporter: told of progress.
 
@@ -174,6 +282,7 @@ def validate_variant(
         offline=offline,
         reporter=reporter,
     )
+    partial = report_directory.with_name(f"{report_directory.name}.partial")
     comparison = Comparison(
         variant=directory,
         record=record,
@@ -184,12 +293,25 @@ def validate_variant(
         profile=profile,
         device=resolve_device(device),
         seed=seed,
+        servers=engine.servers(partial) if engine else None,
+        tasks=tasks.choice(partial, offline=offline) if tasks else None,
     )
     report = validate(comparison, reporter)
+    if comparison.tasks:
+        _replace_items(comparison.tasks.items, report_directory / TASKS_DIRECTORY)
     write_reports(report, report_directory, variant_name(record))
+    shutil.rmtree(partial, ignore_errors=True)  # there is none where nothing was kept
     record.model_copy(update={"validation": report.summary()}).write(directory)
     write_card(directory)
     return report
+
+
+def _replace_items(items: Path, target: Path) -> None:
+    """Put the items that a report names in the place of those of an earlier one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        shutil.rmtree(target)
+    items.rename(target)
 
 
 def gate_recipe(directory: Path, record: Record, recipe_name: str | None) -> Recipe:

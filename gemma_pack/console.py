@@ -139,6 +139,16 @@ class Console:
             text = to_json(data, indent=2, inf_nan_mode="strings").decode()  # JSON has no number for infinity
         print(text.translate(_CONTROL), file=self.stdout, flush=True)
 
+    def piece(self, text: str) -> None:
+        """Print a piece of an answer on stdout as it comes, without a line end; nothing with `--format json`."""
+        if self.format != "json":
+            print(text.translate(_CONTROL), end="", file=self.stdout, flush=True)
+
+    def line(self, data: Mapping[str, Any]) -> None:
+        """Print one of many results as a line of JSON on stdout; nothing without `--format json`."""
+        if self.format == "json":
+            print(json.dumps(data, ensure_ascii=False), file=self.stdout, flush=True)
+
     def status(self, message: str) -> None:
         """Say what happens now, on stderr, for people only."""
         if self.format == "human":

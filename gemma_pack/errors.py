@@ -8,11 +8,13 @@
     ├── SourceError            1   weights could not be fetched or assembled
     ├── QuantizationError      1   a proof or a numeric step failed
     ├── RegistryError          1   a registry or an OCI layout did not do what it must
+    ├── EngineError            1   an inference server did not do what it must
     ├── GateFailedError       10   the variant is worse than its gate allows
     ├── GateUndecidedError    11   the evidence is too small for a verdict
     ├── MachineError          12   this machine cannot: GPU, memory, disk, a missing tool
     ├── AccessError           13   gated, or not authenticated
-    └── OfflineError          14   not available without the network
+    ├── OfflineError          14   not available without the network
+    └── UnusableImageError    15   an image is whole, and no consumer could use it
 
 A message is one sentence that says what failed and why. A hint says what to do about it.
 A crash never reads as a verdict: only the gate raises 10 and 11.
@@ -63,6 +65,10 @@ class RegistryError(GemmaPackError):
     """A registry or an OCI layout did not do what it must."""
 
 
+class EngineError(GemmaPackError):
+    """An inference server did not do what it must."""
+
+
 class GateFailedError(GemmaPackError):
     """The variant is worse than its gate allows."""
 
@@ -91,3 +97,9 @@ class OfflineError(GemmaPackError):
     """Something is needed that is not available without the network."""
 
     exit_code = 14
+
+
+class UnusableImageError(GemmaPackError):
+    """An image is whole, and no consumer could use it."""
+
+    exit_code = 15

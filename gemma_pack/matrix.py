@@ -1,4 +1,4 @@
-"""A build file, and all stages for each of its recipes: quantize, validate, package, push, pull back.
+"""A build file, and all stages for each of its recipes: quantize, validate, package, push, pull back, attach.
 
 Every stage finds what an earlier run left and does not do it again: a variant made from the same inputs, a report on
 the same windows, an image of the same files, blobs that the registry has. So an interrupted build goes on when the
@@ -20,6 +20,7 @@ from gemma_pack.yaml_file import parse_yaml, read_text
 
 if TYPE_CHECKING:
     from gemma_pack.console import Reporter
+    from gemma_pack.oci.signing import SigningKey
     from gemma_pack.record import Record
 
 
@@ -97,10 +98,15 @@ def build_variant(
     device: str = "auto",
     offline: bool = False,
     plain_http: bool = False,
+    key: SigningKey | None = None,
     reporter: Reporter,
 ) -> BuiltVariant:
-    """Take one recipe of the build file through all stages; its verdict is in the report, not raised."""
+    """Take one recipe of the build file through all stages; its verdict is in the report, not raised.
+
+    `key` signs what is attached to the image where it is pushed.
+    """
     from gemma_pack.build import CalibrationChoice, default_stem, quantize_model
+    from gemma_pack.oci.evidence import attach_evidence
     from gemma_pack.oci.manifest import Platform
     from gemma_pack.oci.package import package
     from gemma_pack.recipe import load_recipe
@@ -132,6 +138,7 @@ def build_variant(
     pinned = None
     if plan.push:
         pinned = _push(layout, f"{plan.push}:{recipe.name}", directory, plain_http=plain_http, reporter=reporter)
+        attach_evidence(pinned, layout, report=report, key=key, plain_http=plain_http, reporter=reporter)
     quantization = variant.record.quantization
     if quantization is None:
         raise AssertionError("quantize left no record of what it did")
@@ -152,9 +159,9 @@ def _report(
 ) -> Report:
     """Return the report on the variant: the one of an earlier run where it answers the same question."""
     from gemma_pack.build import validate_variant
-    from gemma_pack.report import REPORT_NAME, read_report
+    from gemma_pack.report import REPORT_NAME, read_report, report_directory
 
-    target = directory.with_name(f"{directory.name}.report")
+    target = report_directory(directory)
     wanted = plan.validation
     if record.validation and (target / REPORT_NAME).is_file():
         found = read_report(target / REPORT_NAME)

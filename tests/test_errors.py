@@ -23,11 +23,13 @@ EXIT_CODES = {
     "SourceError": 1,
     "QuantizationError": 1,
     "RegistryError": 1,
+    "EngineError": 1,
     "GateFailedError": 10,
     "GateUndecidedError": 11,
     "MachineError": 12,
     "AccessError": 13,
     "OfflineError": 14,
+    "UnusableImageError": 15,
 }
 """A promise to every pipeline that reads them: a name or a code may be added here, never changed."""
 

@@ -26,8 +26,8 @@ MAX_FUNCTION_LINES = 60
 
 WITHOUT_TORCH = (
     "checkpoint", "commands", "console", "deploy", "disk", "errors", "evaluation.gate", "evaluation.statistics",
-    "gemma", "matrix", "oci", "recipe", "record", "report", "reports", "safetensors_file", "sources", "texts",
-    "yaml_file",
+    "gemma", "machine", "matrix", "oci", "recipe", "record", "report", "reports", "safetensors_file", "sources",
+    "texts", "yaml_file",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "llmcompressor", "compressed_tensors", "bitsandbytes", "auto_round")
 

@@ -23,6 +23,7 @@ from gemma_pack.errors import GemmaPackError, InvalidUsageError, MachineError
 VERBS: Final[tuple[str, ...]] = (
     "download",
     "recipes",
+    "plan",
     "quantize",
     "validate",
     "report",
@@ -30,7 +31,13 @@ VERBS: Final[tuple[str, ...]] = (
     "package",
     "push",
     "pull",
+    "inspect",
+    "verify",
+    "referrers",
     "deploy",
+    "serve",
+    "generate",
+    "chat",
     "build",
     "doctor",
 )
@@ -85,7 +92,8 @@ def cli() -> None:
     \b
     Exit codes: 0 done, 1 operational failure, 2 usage or invalid recipe,
     10 the gate failed, 11 the gate could not decide, 12 this machine cannot,
-    13 gated or unauthenticated, 14 not available offline, 130 interrupted.
+    13 gated or unauthenticated, 14 not available offline,
+    15 no consumer could use the image, 130 interrupted.
     Every option can be set by a variable: GEMMA_PACK_<COMMAND>_<OPTION>.
     GEMMA_PACK_DEBUG=1 shows the traceback of an error.
     """

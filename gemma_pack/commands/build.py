@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma_pack.commands.options import with_console
+from gemma_pack.commands.options import signing_option, with_console
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,26 +30,37 @@ Examples:
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
 )
 @click.option("--offline", is_flag=True, help="Fetch no model and no text from the hub.")
+@signing_option
 @with_console
-def command(file: Path, push: str | None, device: str, console: Console, *, plain_http: bool, offline: bool) -> None:
+def command(
+    file: Path,
+    push: str | None,
+    device: str,
+    sign_key: Path | None,
+    console: Console,
+    *,
+    plain_http: bool,
+    offline: bool,
+) -> None:
     """Run all stages for each recipe that FILE names.
 
-    Each variant is quantized, validated, packaged and, where asked, pushed. What an earlier run finished is not done
-    again. A variant that fails its gate does not stop the others; the exit code is then that of the gate:
-    10 failed, 11 undecided.
+    Each variant is quantized, validated, packaged and, where asked, pushed, with its report, bill of materials and
+    provenance attached. What an earlier run finished is not done again. A variant that fails its gate does not stop
+    the others; the exit code is then that of the gate: 10 failed, 11 undecided.
     """
     from gemma_pack.commands.validate import raise_verdict
     from gemma_pack.matrix import build_variant, load_build_file
+    from gemma_pack.oci.signing import load_signing_key
 
+    network: dict[str, Any] = {"offline": offline, "plain_http": plain_http}
+    key = load_signing_key(sign_key) if sign_key else None
     plan = load_build_file(file)
     if push:
         plan = plan.model_copy(update={"push": push})
     built = []
     for recipe in plan.recipes:
         console.status(f"── {recipe} of {plan.model}")
-        built.append(
-            build_variant(plan, recipe, device=device, offline=offline, plain_http=plain_http, reporter=console)
-        )
+        built.append(build_variant(plan, recipe, device=device, **network, key=key, reporter=console))
     console.result({"variants": [variant.model_dump(mode="json") for variant in built]}, _table(built))
     last = built[-1]
     console.hint(

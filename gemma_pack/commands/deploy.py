@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from gemma_pack.commands.options import registry_options, with_console
+from gemma_pack.commands.options import registry_options, verifying_option, with_console
 
 if TYPE_CHECKING:
     from gemma_pack.console import Console
     from gemma_pack.deploy.image import ServedImage
+    from gemma_pack.oci.signing import PublicKey
 
 TARGETS: Final = ("vllm", "rhaiis", "rhelai", "kserve")
 SCHEMES: Final = ("oci", "oci+modelcar", "oci+native", "oci+fetch")
@@ -58,6 +59,8 @@ Examples:
     help="How KServe gets at the files  [default: oci, which leaves it to the cluster]",
 )
 @click.option("--pull-secret", metavar="NAME", help="Secret with the registry's login, for kserve.")
+@click.option("--allow-unvalidated", is_flag=True, help="Take an image that no attached report says has passed, too.")
+@verifying_option
 @registry_options
 @with_console
 def command(
@@ -71,15 +74,18 @@ def command(
     server_image: str | None,
     storage_scheme: str | None,
     pull_secret: str | None,
+    verify_key: Path | None,
     *,
+    allow_unvalidated: bool,
     plain_http: bool,
     ca_file: Path | None,
     console: Console,
 ) -> None:
     """Write what a server needs to serve an image.
 
-    It is pinned by its digest. GPUs, memory and disk are computed from the image's record and config. The files go to
-    stdout, the commands that come next to stderr.
+    It is pinned by its digest, and must have passed its validation: a report that says so is attached to it, by push
+    or by validate. GPUs, memory and disk are computed from the image's record and config. The files go to stdout, the
+    commands that come next to stderr.
     """
     from dataclasses import asdict
 
@@ -87,6 +93,7 @@ def command(
     from gemma_pack.deploy.options import Options
     from gemma_pack.deploy.resources import Demand, plan_resources
     from gemma_pack.disk import refuse_existing
+    from gemma_pack.oci.signing import load_public_key
 
     options = Options(
         name=name,
@@ -97,7 +104,15 @@ def command(
     )
     if output:
         refuse_existing(output)
-    image = _find(reference, plain_http=plain_http, ca_file=ca_file)
+    key = load_public_key(verify_key) if verify_key else None
+    image = _find(
+        reference,
+        key,
+        allow_unvalidated=allow_unvalidated,
+        plain_http=plain_http,
+        ca_file=ca_file,
+        console=console,
+    )
     demand = Demand(
         max_model_len=max_model_len, concurrency=concurrency, gpu_memory_bytes=round(gpu_memory * 1_000_000_000)
     )
@@ -121,19 +136,43 @@ def command(
         console.hint(step)
 
 
-def _find(reference: str, *, plain_http: bool, ca_file: Path | None) -> ServedImage:
-    """Ask the registry for the image and pin what it answers."""
+def _find(
+    reference: str,
+    key: PublicKey | None,
+    *,
+    allow_unvalidated: bool,
+    plain_http: bool,
+    ca_file: Path | None,
+    console: Console,
+) -> ServedImage:
+    """Ask the registry for the image, pin what it answers, and weigh the reports that are attached to it."""
     from gemma_pack.deploy.image import ServedImage
+    from gemma_pack.errors import GateFailedError, GateUndecidedError, GemmaPackError
     from gemma_pack.oci.describe import describe
+    from gemma_pack.oci.examination import examine, require_passing_report
     from gemma_pack.oci.reference import parse_reference
 
     parsed = parse_reference(reference)
     found = describe(parsed, plain_http=plain_http, ca_file=ca_file)
+    pinned = str(parsed.pinned(found.digest))
+    evidence = examine(found, key=key, plain_http=plain_http, ca_file=ca_file)
+    verdict, signer = None, None
+    try:
+        report = require_passing_report(evidence, pinned, by_key=key is not None)
+        verdict, signer = report.verdict, report.signer if report.signed == "verified" else None
+    except GemmaPackError as error:
+        if not allow_unvalidated:
+            raise
+        console.warn(error.message)
+        if isinstance(error, (GateFailedError, GateUndecidedError)):
+            verdict = "fail" if isinstance(error, GateFailedError) else "undecided"
     return ServedImage(
-        reference=str(parsed.pinned(found.digest)),
+        reference=pinned,
         tag=parsed.tag,
         size_bytes=found.size_bytes,
         record=found.record,
         config=found.config,
         is_artifact=found.is_artifact,
+        report_verdict=verdict,
+        report_signer=signer,
     )

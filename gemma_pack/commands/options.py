@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from gemma_pack.console import Console
+from gemma_pack.errors import InvalidUsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from gemma_pack.oci.manifest import Platform
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -35,6 +38,24 @@ def with_console(command: F) -> F:
     return wrapper  # type: ignore[return-value]
 
 
+def signing_option(command: F) -> F:
+    """Give a command that attaches documents to an image `--sign-key`."""
+    return click.option(
+        "--sign-key",
+        type=click.Path(path_type=Path, dir_okay=False, exists=True),
+        help="Private key in PEM, ECDSA over P-256, that signs what is attached. GEMMA_PACK_KEY_PASSWORD decrypts it.",
+    )(command)
+
+
+def verifying_option(command: F) -> F:
+    """Give a command that reads what is attached to an image `--verify-key`."""
+    return click.option(
+        "--verify-key",
+        type=click.Path(path_type=Path, dir_okay=False, exists=True),
+        help="Public key in PEM: only what is signed with it counts.",
+    )(command)
+
+
 def registry_options(command: F) -> F:
     """Give a command that speaks to a registry `--plain-http` and `--ca-file`."""
     plain_http = click.option(
@@ -46,3 +67,24 @@ def registry_options(command: F) -> F:
         help="PEM file of a CA to trust besides those of the system.",
     )
     return plain_http(ca_file(command))
+
+
+def platform_option(command: F) -> F:
+    """Give a command that reads an image `--platform`; `parse_platform` reads it."""
+    return click.option(
+        "--platform",
+        default="linux/amd64",
+        show_default=True,
+        metavar="OS/ARCH",
+        help="Whose image to read; the checkpoint is the same for all.",
+    )(command)
+
+
+def parse_platform(text: str) -> Platform:
+    """Return the platform that `text` names; raise InvalidUsageError where it names none."""
+    from gemma_pack.oci.manifest import Platform
+
+    try:
+        return Platform.parse(text)
+    except ValueError as error:
+        raise InvalidUsageError(str(error), hint="--platform linux/amd64") from error

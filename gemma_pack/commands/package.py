@@ -7,19 +7,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_pack.commands.options import with_console
-from gemma_pack.errors import InvalidUsageError
+from gemma_pack.commands.options import parse_platform, with_console
 
 if TYPE_CHECKING:
     from gemma_pack.console import Console
-    from gemma_pack.oci.manifest import Platform
     from gemma_pack.oci.package import Kind, PackageResult
 
 
 @click.command(
     epilog="""\b
 Examples:
-  gemma-pack package gemma-3-270m-it-quantized.w4a16
+  gemma-pack package gemma-3-270m-it-quantized.w4a16 --layout both
   gemma-pack package gemma-2-9b-it-quantized.w4a16 -o image.oci --base ubi9-micro.oci --platform linux/amd64"""
 )
 @click.argument("directory", type=click.Path(path_type=Path))
@@ -27,15 +25,16 @@ Examples:
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="The OCI layout to write.  [default: DIRECTORY.oci, or DIRECTORY.artifact.oci]",
+    help="The OCI layout to write; with --layout both, the modelcar's, and the artifact's is named after it.  "
+    "[default: DIRECTORY.oci, or DIRECTORY.artifact.oci]",
 )
 @click.option(
     "--layout",
-    type=click.Choice(["modelcar", "artifact"]),
+    type=click.Choice(["modelcar", "artifact", "both"]),
     default="modelcar",
     show_default=True,
     help="A modelcar has the files under /models in an image, for KServe. An artifact has them as they are, one a "
-    "layer, for ilab, oras and ModelPack.",
+    "layer, for ilab, oras and ModelPack. Both are two layouts, from one reading of each file.",
 )
 @click.option(
     "--base",
@@ -54,7 +53,7 @@ Examples:
 def command(
     directory: Path,
     output: Path | None,
-    layout: Kind,
+    layout: str,
     base: str,
     platform: tuple[str, ...],
     console: Console,
@@ -66,32 +65,38 @@ def command(
     digest on any machine. Hidden files are left out.
     """
     from gemma_pack.oci.package import package
+    from gemma_pack.oci.package_pair import package_pair
 
     named = directory if directory.name not in {"", ".."} else directory.resolve()
-    target = output or named.with_name(f"{named.name}.oci" if layout == "modelcar" else f"{named.name}.artifact.oci")
-    wanted = [_platform(text) for text in dict.fromkeys(platform)]
-    result = package(directory, target, kind=layout, base=base, platforms=wanted, reporter=console)
-    console.result(result, _text(result))
-    if result.base == "none":
-        console.warn("without a base, KServe mounts it as oci+native:// or oci+fetch:// only, not as oci://")
-    console.hint(f"gemma-pack push {result.layout} REGISTRY/NAME:TAG")
-
-
-def _platform(text: str) -> Platform:
-    from gemma_pack.oci.manifest import Platform
-
-    try:
-        return Platform.parse(text)
-    except ValueError as error:
-        raise InvalidUsageError(str(error), hint="--platform linux/amd64") from error
+    target = output or named.with_name(f"{named.name}.artifact.oci" if layout == "artifact" else f"{named.name}.oci")
+    wanted = [parse_platform(text) for text in dict.fromkeys(platform)]
+    results: tuple[PackageResult, ...]
+    if layout == "both":
+        beside = target.with_name(target.name.removesuffix(".oci") + ".artifact.oci")
+        pair = package_pair(directory, target, beside, base=base, platforms=wanted, reporter=console)
+        results = (pair.modelcar, pair.artifact)
+        console.result(pair, "\n\n".join(map(_text, results)))
+    else:
+        kind: Kind = "artifact" if layout == "artifact" else "modelcar"
+        results = (package(directory, target, kind=kind, base=base, platforms=wanted, reporter=console),)
+        console.result(results[0], _text(results[0]))
+    for result in results:
+        if result.base == "none":
+            console.warn("without a base, KServe mounts it as oci+native:// or oci+fetch:// only, not as oci://")
+        suffix = "-artifact" if layout == "both" and result.kind == "artifact" else ""
+        console.hint(f"gemma-pack push {result.layout} REGISTRY/NAME:TAG{suffix}")
 
 
 def _text(result: PackageResult) -> str:
     from gemma_pack.console import format_bytes, table
 
-    rows = [(layer.title.removesuffix(".tar"), format_bytes(layer.size_bytes), layer.digest) for layer in result.layers]
+    rows = [
+        (layer.title.removesuffix(".tar"), format_bytes(layer.size_bytes), layer.digest.removeprefix("sha256:")[:12])
+        for layer in result.layers
+    ]
     whole = "the artifact" if result.kind == "artifact" else "the image, with its base"
-    rows.append((whole, format_bytes(result.size_bytes), result.digest))
+    rows.append((whole, format_bytes(result.size_bytes), ""))
     verb = "was already there" if result.already_there else "written"
     platforms = f": {', '.join(result.platforms)}" if result.platforms else ""
-    return f"{table(rows, header=('layer', 'size', 'digest'))}\n\n{result.layout} {verb}{platforms}"
+    layers = table(rows, header=("layer", "size", "digest"))
+    return f"{layers}\n\n{result.layout} {verb}{platforms}\n{result.digest}"

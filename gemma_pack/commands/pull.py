@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_pack.commands.options import registry_options, with_console
-from gemma_pack.errors import InvalidUsageError
+from gemma_pack.commands.options import parse_platform, platform_option, registry_options, with_console
 
 if TYPE_CHECKING:
     from gemma_pack.console import Console
@@ -23,30 +22,20 @@ Examples:
 )
 @click.argument("image", metavar="REF|LAYOUT")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The directory to write.")
-@click.option(
-    "--platform",
-    default="linux/amd64",
-    show_default=True,
-    metavar="OS/ARCH",
-    help="Whose image to read; the checkpoint is the same for all.",
-)
+@platform_option
 @registry_options
 @with_console
 def command(
     image: str, output: Path, platform: str, *, plain_http: bool, ca_file: Path | None, console: Console
 ) -> None:
-    """Pull the checkpoint of a modelcar image into a directory.
+    """Pull the checkpoint of a modelcar image or an artifact.
 
     Each byte is checked, and the directory appears whole or not at all. After an interruption, the same command
-    fetches the rest. Only files under /models are unpacked, never links or paths that lead elsewhere.
+    fetches the rest. Of a modelcar only files under /models are unpacked, never links or paths that lead elsewhere.
     """
-    from gemma_pack.oci.manifest import Platform
     from gemma_pack.oci.pull import pull
 
-    try:
-        wanted = Platform.parse(platform)
-    except ValueError as error:
-        raise InvalidUsageError(str(error), hint="--platform linux/amd64") from error
+    wanted = parse_platform(platform)
     result = pull(image, output, platform=wanted, plain_http=plain_http, ca_file=ca_file, reporter=console)
     console.result(result, _text(result))
 

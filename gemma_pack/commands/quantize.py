@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gemma_pack.commands.options import with_console
-from gemma_pack.console import format_bytes, table
+from gemma_pack.console import Console, format_bytes, table
 from gemma_pack.errors import InvalidUsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gemma_pack.console import Console
 
 DEFAULT_MODEL = "google/gemma-2-9b-it"
 PROJECT_FILE = Path("gemma-pack.yaml")
@@ -62,14 +61,16 @@ def command(
     *,
     offline: bool,
 ) -> None:
-    """Quantize MODEL by one or more recipes.
+    """Quantize MODEL by one or more recipes, in one pass over text.
 
     MODEL is a hub id, a directory, or `demo`. Without it: GEMMA_PACK_MODEL, `model:` in ./gemma-pack.yaml,
     else google/gemma-2-9b-it. An interrupted run goes on where it stopped when the same command is run again.
     """
-    from gemma_pack.build import CalibrationChoice, default_stem, quantize_model
+    from gemma_pack.build import CalibrationChoice, default_stem, is_first_process, quantize_models
     from gemma_pack.recipe import load_recipe
 
+    if not is_first_process():
+        console = Console("quiet")
     loaded = {name: load_recipe(name) for name in recipe}
     if output and len(loaded) > 1:
         raise InvalidUsageError("-o names one directory, and there are several recipes", hint="leave out -o")
@@ -78,13 +79,10 @@ def command(
     targets = {name: output or Path(f"{stem}-quantized.{chosen.name}") for name, chosen in loaded.items()}
     _require_free(targets)
     choice = CalibrationChoice(calibration, samples, sequence_length, seed)
-    results = []
-    for name, target in targets.items():
-        results.append(
-            quantize_model(
-                model, name, target, choice, revision=revision, device=device, offline=offline, reporter=console
-            )
-        )
+    recipes = {target: name for name, target in targets.items()}
+    results = quantize_models(
+        model, recipes, choice, revision=revision, device=device, offline=offline, reporter=console
+    )
     rows = [
         [str(v.directory), format_bytes(m.base_size_bytes), format_bytes(m.size_bytes), _outcome(made_now=v.made_now)]
         for v in results
@@ -96,6 +94,8 @@ def command(
             for v in results
         ]
     }
+    if not is_first_process():
+        return
     console.result(data, table(rows, header=["variant", "bf16", "quantized", ""]))
     console.hint(f"gemma-pack validate {shlex.quote(str(results[-1].directory))}")
 

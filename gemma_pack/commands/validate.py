@@ -11,6 +11,7 @@ import click
 from gemma_pack.commands.options import with_console
 
 if TYPE_CHECKING:
+    from gemma_pack.build import EngineChoice, TaskNames
     from gemma_pack.console import Console
     from gemma_pack.report import Report
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   gemma-pack validate gemma-3-270m-quantized.w4a16 --profile quick
-  gemma-pack validate gemma-2-9b-it-quantized.w4a16 --profile full --text Salesforce/wikitext:wikitext-2-raw-v1""",
+  gemma-pack validate gemma-2-9b-it-quantized.w4a16 --profile full --text Salesforce/wikitext:wikitext-2-raw-v1
+  gemma-pack validate gemma-2-9b-it-quantized.w4a16 --engine http://vllm.example.com:8000
+  gemma-pack validate gemma-2-9b-it-quantized.w4a16 --suite gemma-card --task-limit 500""",
 )
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--against", metavar="MODEL", help="The bf16 base  [default: what the variant's record names]")
@@ -38,6 +41,18 @@ Examples:
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
 )
+@click.option(
+    "--engine",
+    metavar="transformers|vllm|URL",
+    default="transformers",
+    show_default=True,
+    help="What computes: this process, vLLM's server, or one that serves the variant.",
+)
+@click.option("--base-engine", metavar="URL", help="Server of the base, with --engine URL  [default: this process]")
+@click.option("--served-model", metavar="NAME", help="Which of the models that --engine URL serves.")
+@click.option("--task", metavar="NAME", multiple=True, help="Task of lm-evaluation-harness, or a YAML file.")
+@click.option("--suite", type=click.Choice(["gemma-card", "safety"]), help="Tasks of Google's model card.")
+@click.option("--task-limit", type=click.IntRange(min=1), help="Items of each task at most  [default: all]")
 @click.option("--offline", is_flag=True, help="Use no network.")
 @with_console
 def command(
@@ -49,6 +64,12 @@ def command(
     report: Path | None,
     seed: int,
     device: str,
+    engine: str,
+    base_engine: str | None,
+    served_model: str | None,
+    task: tuple[str, ...],
+    suite: str | None,
+    task_limit: int | None,
     console: Console,
     *,
     offline: bool,
@@ -64,6 +85,15 @@ def command(
       quick   32 windows of  512 tokens,  16 prompts: a verdict
       full   256 windows of 1024 tokens, 128 prompts: a surer one
 
+    Engines: `transformers` sees whole distributions. A vLLM server shows the 20 most likely tokens of each, and KL
+    is estimated from them, with its lower bound in the report. `vllm` starts the server with the Python that
+    GEMMA_PACK_VLLM names, for base and variant one after the other. With a URL what is validated is what is served;
+    one window is read here, too, to be sure of that.
+
+    Tasks are asked of both, item by item, with greedy answers; the report has the difference with its bounds, the
+    answers that changed, and the smallest difference that so many items could have shown. They do not change the
+    verdict. Those that run code that the model wrote need HF_ALLOW_CODE_EVAL=1.
+
     Writes report.json, report.html, report.md and junit.xml, and the verdict into gemma-pack.json and README.md of
     the variant. In GitHub Actions the report is shown as the summary of the step, too.
 
@@ -72,7 +102,7 @@ def command(
     """
     from gemma_pack.build import validate_variant
     from gemma_pack.console import table
-    from gemma_pack.reports import wording
+    from gemma_pack.reports import task_table, wording
     from gemma_pack.reports.writing import append_summary
 
     target = report or directory.with_name(directory.name + ".report")
@@ -85,14 +115,66 @@ def command(
         recipe_name=recipe,
         seed=seed,
         device=device,
+        engine=engine_choice(engine, base_engine, served_model),
+        tasks=task_names(task, suite, task_limit),
         offline=offline,
         reporter=console,
     )
     shown = table(wording.rows(outcome.metrics), header=wording.HEADER)
+    if outcome.tasks:
+        shown += "\n\n" + table(task_table.short_rows(outcome.tasks), header=task_table.SHORT_HEADER)
     console.result(outcome, f"{shown}\n\n{wording.VERDICT_WORDS[outcome.verdict]}: {target / 'report.html'}")
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         append_summary(outcome, Path(summary), directory.resolve().name)
     raise_verdict(outcome, target)
+
+
+def engine_choice(engine: str, base_engine: str | None, served_model: str | None) -> EngineChoice | None:
+    """Return the servers that the options name; None for this process.
+
+    Raises:
+        InvalidUsageError: the options do not go together.
+        MachineError: vLLM is asked for, and there is none.
+    """
+    from gemma_pack.build import EngineChoice
+    from gemma_pack.errors import InvalidUsageError
+
+    if engine in ("transformers", "vllm"):
+        if base_engine or served_model:
+            raise InvalidUsageError(
+                f"--base-engine and --served-model do not go with --engine {engine}",
+                hint="give the address of the server of the variant with --engine",
+            )
+    elif not engine.startswith(("http://", "https://")):
+        raise InvalidUsageError(
+            f"there is no engine {engine}", hint="--engine takes transformers, vllm or http://HOST:PORT"
+        )
+    if engine == "transformers":
+        return None
+    if engine == "vllm":
+        from gemma_pack.evaluation.engines.vllm import vllm_python
+
+        vllm_python()  # before gigabytes are fetched for nothing
+    return EngineChoice(engine=engine, base_engine=base_engine, served_model=served_model)
+
+
+def task_names(tasks: tuple[str, ...], suite: str | None, limit: int | None) -> TaskNames | None:
+    """Return the tasks that the options name; None for none.
+
+    Raises:
+        InvalidUsageError: there is a limit and nothing to limit.
+        MachineError: the harness is not installed.
+    """
+    from gemma_pack.build import TaskNames
+    from gemma_pack.errors import InvalidUsageError
+    from gemma_pack.evaluation.tasks import require_harness
+
+    if not tasks and not suite:
+        if limit:
+            raise InvalidUsageError("--task-limit is of no use alone", hint="name a task with --task, or a --suite")
+        return None
+    require_harness()
+    return TaskNames(names=tasks, suite=suite, limit=limit)
 
 
 def raise_verdict(report: Report, target: Path) -> None:

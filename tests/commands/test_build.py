@@ -107,6 +107,12 @@ def test_a_push_is_pulled_back_and_compared(
     [variant] = json.loads(capsys.readouterr().out)["variants"]
     assert variant["pinned"] == f"{registry.host}/models/tiny@{variant['digest']}"
     assert len(list((tmp_path / "out").iterdir())) == 3
+    assert run(["referrers", variant["pinned"], "--format", "json"]) == 0
+    attached = json.loads(capsys.readouterr().out)["referrers"]
+    assert [(one["kind"], one["verdict"]) for one in attached] == [
+        ("sbom", None), ("provenance", None), ("report", "pass"),
+    ]  # fmt: skip
+    assert run(["deploy", variant["pinned"], "--target", "vllm"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from gemma_pack.checkpoint import Checkpoint
 from gemma_pack.commands import run
@@ -18,14 +19,22 @@ from gemma_pack.console import Console
 from gemma_pack.deploy import MAKERS
 from gemma_pack.deploy.options import STORAGE_SCHEMES
 from gemma_pack.deploy.resources import GPU_MEMORY_BYTES
+from gemma_pack.oci import referrers
+from gemma_pack.oci.evidence import attach_report
 from gemma_pack.oci.package import package
 from gemma_pack.oci.push import push
+from gemma_pack.oci.reference import parse_reference
+from gemma_pack.oci.signing import SigningKey
+from gemma_pack.report import Subject
 from tests.deploy.conftest import CONFIGS, record_of
+from tests.oci.test_signing import public_pem
+from tests.reports.reports import make_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from gemma_pack.report import Report
     from tests.oci.registry import Registry
 
 
@@ -33,6 +42,7 @@ if TYPE_CHECKING:
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("GEMMA_PACK_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setattr(referrers, "SETTLE_S", 0.0)
 
 
 @pytest.fixture
@@ -41,7 +51,15 @@ def pushed(registry: Registry, raw_checkpoint: Callable[..., Path]) -> Any:
     directory = raw_checkpoint("gemma", files={"config.json": json.dumps(CONFIGS["gemma-3-270m"])})
     record_of("google/gemma-3-270m", 307_000_000).write(directory)
     assert Checkpoint.open(directory).size_bytes < 10_000  # so that 307 MB can only come from the record
-    return push(directory, f"{registry.host}/team/gemma:1.0", reporter=Console("quiet"))
+    result = push(directory, f"{registry.host}/team/gemma:1.0", reporter=Console("quiet"))
+    attach_report(parse_reference(result.pinned), passing_report())
+    return result
+
+
+def passing_report() -> Report:
+    """Return a report on the variant that `record_of` describes."""
+    subject = Subject(recipe="w4a16", recipe_sha256="0" * 64, scheme="int4", size_bytes=307_000_000, files=())
+    return make_report(subject=subject)
 
 
 def test_a_tag_becomes_the_digest_it_names(pushed: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +107,8 @@ def test_the_directory_is_what_kubectl_applies(pushed: Any, tmp_path: Path, caps
     assert run(["deploy", pushed.reference, "--target", "kserve", "-o", str(output), "--pull-secret", "key"]) == 0
     assert f"kubectl apply -k '{output}'" in capsys.readouterr().err
     listed = yaml.safe_load((output / "kustomization.yaml").read_text("utf-8"))["resources"]
-    assert {path.name for path in output.iterdir()} == {*listed, "kustomization.yaml", "pull-secret.yaml"}
+    beside = {"kustomization.yaml", "pull-secret.yaml", "llm-inference-service.yaml", "prepull.yaml", "smoke.yaml"}
+    assert {path.name for path in output.iterdir()} == {*listed, *beside}
 
 
 def test_what_is_in_the_way_is_refused_before_the_registry_is_asked(
@@ -128,15 +147,48 @@ def test_an_image_that_is_not_there(registry: Registry, capsys: pytest.CaptureFi
     assert "nothing" in capsys.readouterr().err
 
 
-def test_a_variant_that_was_not_validated_is_deployed_with_a_warning(
+def test_a_variant_without_a_report_is_refused_unless_that_is_allowed(
     registry: Registry, raw_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = raw_checkpoint("gemma", files={"config.json": json.dumps(CONFIGS["gemma-3-270m"])})
     result = push(directory, f"{registry.host}/team/gemma:1.0", reporter=Console("quiet"))
-    assert run(["deploy", result.reference, "--target", "vllm", "--quiet"]) == 0
+    assert run(["deploy", result.reference, "--target", "vllm"]) == 1
     captured = capsys.readouterr()
-    assert captured.err == "warning: nothing in the image says that the variant was validated against its base\n"
+    assert f"error: {result.pinned} has no validation report" in captured.err
+    assert f"gemma-pack validate {result.pinned} attaches one" in captured.err
+    assert captured.out == ""
+    assert run(["deploy", result.reference, "--target", "vllm", "--allow-unvalidated", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == (
+        f"warning: {result.pinned} has no validation report\n"
+        "warning: nothing in the image says that the variant was validated against its base\n"
+    )
     assert "vllm serve" in captured.out
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("fail", 10), ("undecided", 11)])
+def test_a_report_without_a_pass_is_a_verdict_of_its_own(
+    pushed: Any, verdict: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = passing_report().model_copy(update={"verdict": verdict})
+    attach_report(parse_reference(pushed.pinned), changed)
+    expected = code if verdict == "fail" else 0  # the report that passed decides where another could not
+    assert run(["deploy", pushed.reference, "--target", "vllm"]) == expected
+    capsys.readouterr()
+    assert run(["deploy", pushed.reference, "--target", "kserve", "--allow-unvalidated"]) == 0
+    captured = capsys.readouterr()
+    assert ("# Validation: fail" in captured.out) == (verdict == "fail")
+
+
+def test_with_a_key_only_what_it_signed_counts(pushed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = SigningKey(ec.generate_private_key(ec.SECP256R1()))
+    (tmp_path / "my.pub").write_bytes(public_pem(key))
+    arguments = ["deploy", pushed.reference, "--target", "kserve", "--verify-key", str(tmp_path / "my.pub")]
+    assert run(arguments) == 1
+    assert "no validation report that is signed with that key" in capsys.readouterr().err
+    attach_report(parse_reference(pushed.pinned), passing_report(), key=key)
+    assert run(arguments) == 0
+    assert f"# Report signed by: key {key.public.key_id}" in capsys.readouterr().out
 
 
 def test_rhelai_takes_the_artifact_and_the_others_the_modelcar(
@@ -146,7 +198,9 @@ def test_rhelai_takes_the_artifact_and_the_others_the_modelcar(
     directory = raw_checkpoint("gemma", files=files)
     record_of("google/gemma-3-270m", 307_000_000).write(directory)
     layout = package(directory, directory.with_suffix(".oci"), kind="artifact", reporter=Console("quiet")).layout
-    reference = push(layout, f"{registry.host}/team/gemma:raw", reporter=Console("quiet")).reference
+    result = push(layout, f"{registry.host}/team/gemma:raw", reporter=Console("quiet"))
+    attach_report(parse_reference(result.pinned), passing_report())
+    reference = result.reference
     assert run(["deploy", reference, "--target", "kserve"]) == 2
     assert "an artifact of raw files" in capsys.readouterr().err
     assert run(["deploy", reference, "--target", "rhelai"]) == 2  # found and read; only its port stands in the way

@@ -92,14 +92,15 @@ def test_help_comes_in_under_300_ms():
 
 
 @pytest.mark.parametrize("path", COMMANDS)
-def test_help_shows_what_the_command_is_for_and_ends_with_two_examples(path: str, capsys: pytest.CaptureFixture[str]):
+def test_help_shows_what_the_command_is_for_and_ends_with_examples(path: str, capsys: pytest.CaptureFixture[str]):
     assert run([*path.split()[1:], "--help"]) == 0
     shown = capsys.readouterr().out
     lines = [line.strip() for line in shown.rstrip().splitlines()]
     assert lines[0].startswith(f"Usage: {path}")
     assert COMMANDS[path].get_short_help_str(1000).endswith(".")
-    assert lines[-3] == "Examples:"
-    assert lines[-2:] == examples(COMMANDS[path])
+    shown_examples = examples(COMMANDS[path])
+    assert 2 <= len(shown_examples) <= 4
+    assert lines[-1 - len(shown_examples) :] == ["Examples:", *shown_examples]
 
 
 def test_the_list_of_commands_is_in_the_order_of_the_work_and_cut_nowhere(
@@ -124,13 +125,13 @@ def test_no_line_of_help_is_wider_than_100_columns(capsys: pytest.CaptureFixture
 def test_the_examples_are_real(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     for line in examples(COMMANDS[path]):
-        words = shlex.split(re.split(r" [|>] | && ", line)[0])
+        words = shlex.split(re.split(r" [|<>] | && ", line)[0])
         called = max((p for p in COMMANDS if words[: len(p.split())] == p.split()), key=len)
         assert called.startswith(path), f"{line} is an example of {called}"
         command = COMMANDS[called]
         assert called != "gemma-pack", f"{words[1]} of {line} is no command"
         arguments = words[len(called.split()) :]
-        for name in (word for word in arguments if word.endswith((".pem", ".crt"))):
+        for name in (word for word in arguments if word.endswith((".pem", ".crt", ".key", ".pub"))):
             (tmp_path / name).touch()  # what an option wants to exist
         command.make_context(called, arguments)
 
@@ -169,7 +170,7 @@ def test_an_option_is_taken_from_its_variable(monkeypatch: pytest.MonkeyPatch, c
 def test_the_command_line_wins_over_the_variable(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("GEMMA_PACK_RECIPES_LIST_FORMAT", "json")
     assert run(["recipes", "list", "--format", "human"]) == 0
-    assert capsys.readouterr().out.startswith("w")
+    assert capsys.readouterr().out.startswith("bnb-int8")
     assert run(["recipes", "list"]) == 0
     assert json.loads(capsys.readouterr().out)["recipes"]
 

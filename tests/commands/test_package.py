@@ -48,8 +48,8 @@ def test_the_layout_lies_beside_the_directory(
         "documents",
     ]
     assert lines[7].startswith("the image, with its base")
-    assert lines[7].endswith(digest)
-    assert lines[-1] == "model.oci written: linux/amd64, linux/arm64"
+    assert lines[-2:] == ["model.oci written: linux/amd64, linux/arm64", digest]
+    assert max(map(len, lines)) <= 80
     assert "hint: gemma-pack push model.oci REGISTRY/NAME:TAG" in captured.err
     assert run(["package", "model/"]) == 0
     assert "model.oci was already there" in capsys.readouterr().out
@@ -67,6 +67,25 @@ def test_json_is_the_result_and_nothing_else(
     assert result.digest == Layout.open(result.layout).root.digest
     assert result.base == "embedded"
     assert result.layers[1].files == ("models/model-00001-of-00002.safetensors",)
+
+
+def test_both_are_written_beside_each_other_and_pushed_under_two_tags(
+    raw_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(raw_checkpoint().parent)
+    assert run(["package", "model", "--layout", "both"]) == 0
+    captured = capsys.readouterr()
+    assert "model.oci written: linux/amd64, linux/arm64\nsha256:" in captured.out
+    assert "model.artifact.oci written\nsha256:" in captured.out
+    assert "hint: gemma-pack push model.oci REGISTRY/NAME:TAG\n" in captured.err
+    assert "hint: gemma-pack push model.artifact.oci REGISTRY/NAME:TAG-artifact\n" in captured.err
+    report = as_json(capsys, "model", "--layout", "both", "-o", "other.oci")
+    assert {kind: report[kind]["layout"] for kind in report} == {
+        "modelcar": "other.oci", "artifact": "other.artifact.oci",
+    }  # fmt: skip
+    for kind, layout in (("modelcar", "model.oci"), ("artifact", "model.artifact.oci")):
+        assert report[kind]["digest"] == Layout.open(Path(layout)).root.digest
+        assert as_json(capsys, "model", "--layout", kind)["already_there"]
 
 
 def test_platforms_and_base_are_taken_from_options_or_variables(

@@ -1,0 +1,104 @@
+"""`gemma-pack serve`: a variant, or an image of one, behind the OpenAI API of a vLLM that is installed here."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from gemma_pack.commands.options import registry_options, with_console
+from gemma_pack.errors import GemmaPackError
+
+if TYPE_CHECKING:
+    from gemma_pack.console import Console
+    from gemma_pack.deploy.process import Server
+
+
+@click.command(
+    "serve",
+    epilog="""\b
+Examples:
+  gemma-pack serve gemma-2-9b-it-quantized.w4a16
+  gemma-pack serve quay.io/team/gemma-2-9b-it:w4a16 --port 8080 -- --max-model-len=4096""",
+)
+@click.argument("model", metavar="DIR|REF")
+@click.argument("vllm_options", metavar="[-- VLLM-OPTIONS]", nargs=-1, type=click.UNPROCESSED)
+@click.option("--name", help="What clients call the model  [default: the directory's or the repository's name]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Port to listen on.")
+@registry_options
+@with_console
+def command(
+    model: str,
+    vllm_options: tuple[str, ...],
+    name: str | None,
+    host: str,
+    port: int,
+    *,
+    plain_http: bool,
+    ca_file: Path | None,
+    console: Console,
+) -> None:
+    """Serve a checkpoint with vLLM until Ctrl-C.
+
+    An image is pulled into gemma-pack's cache first, by its digest, and found there the next time. vLLM is started
+    from the Python that GEMMA_PACK_VLLM names, else from this one or the PATH, in bfloat16. When the server is healthy,
+    its address and a call that shows that it answers are printed. Options behind -- are vLLM's own.
+    """
+    from gemma_pack.deploy.process import find_vllm, serving
+    from gemma_pack.deploy.server import curl_of
+    from gemma_pack.reports.card import has_chat_template
+
+    python = find_vllm()
+    directory = Path(model)
+    called = name or directory.resolve().name
+    if not directory.is_dir():
+        directory, repository = _pull(model, plain_http=plain_http, ca_file=ca_file, console=console)
+        called = name or repository
+    chat = has_chat_template(directory)
+    arguments = ["--dtype=bfloat16", f"--served-model-name={called}", *vllm_options]
+    with tempfile.TemporaryDirectory(prefix="gemma-pack-serve-") as private:
+        log = Path(private) / "vllm.log"
+        console.status(f"starting vLLM on {directory}; its log: {log}")
+        with serving(python, directory, arguments, host=host, port=port, log=log) as server:
+            call = curl_of(called, server.base_url, chat=chat)
+            data = {"base_url": f"{server.base_url}/v1", "model": called, "directory": str(directory), "call": call}
+            console.result(data, call)
+            console.status(f"healthy after {server.start_seconds:.0f} s at {server.base_url}/v1; Ctrl-C stops it")
+            _wait(server, console)
+
+
+def _wait(server: Server, console: Console) -> None:
+    """Wait until Ctrl-C, which is how a server is meant to end.
+
+    Raises:
+        GemmaPackError: the server ended by itself.
+    """
+    from gemma_pack.deploy.process import last_lines
+
+    try:
+        while server.process.poll() is None:
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        console.status("stopping")
+        return
+    raise GemmaPackError(f"vLLM ended with exit code {server.process.returncode}:\n{last_lines(server.log)}")
+
+
+def _pull(reference: str, *, plain_http: bool, ca_file: Path | None, console: Console) -> tuple[Path, str]:
+    """Pull an image into the cache, under its digest; return the directory and the last part of the repository."""
+    from gemma_pack.oci.describe import describe
+    from gemma_pack.oci.pull import pull
+    from gemma_pack.oci.reference import parse_reference
+    from gemma_pack.sources import cache_directory
+
+    parsed = parse_reference(reference)
+    found = describe(parsed, plain_http=plain_http, ca_file=ca_file)
+    pinned = parsed.pinned(found.digest)
+    directory = cache_directory() / "images" / found.digest.replace(":", "-")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    pull(pinned, directory, plain_http=plain_http, ca_file=ca_file, reporter=console)
+    return directory, parsed.repository.rpartition("/")[2]
