@@ -23,7 +23,6 @@ class CompressedRows:
         """Take a recipe and where to compute."""
         self._scheme = quantization_scheme(recipe)
         self._observer = recipe.observer
-        self._observer = recipe.observer
         self._device = device
         block = self._scheme.weights.block_structure
         self.divisor: int = block[0] if block else 1
