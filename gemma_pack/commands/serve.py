@@ -14,7 +14,7 @@ from gemma_pack.errors import GemmaPackError
 
 if TYPE_CHECKING:
     from gemma_pack.console import Console
-    from gemma_pack.deploy.process import Server
+    from gemma_pack.vllm import VllmServer
 
 
 @click.command(
@@ -48,9 +48,9 @@ def command(
     from the Python that GEMMA_PACK_VLLM names, else from this one or the PATH, in bfloat16. When the server is healthy,
     its address and a call that shows that it answers are printed. Options behind -- are vLLM's own.
     """
-    from gemma_pack.deploy.process import find_vllm, serving
     from gemma_pack.deploy.server import curl_of
     from gemma_pack.reports.card import has_chat_template
+    from gemma_pack.vllm import find_vllm, serving
 
     python = find_vllm()
     directory = Path(model)
@@ -71,13 +71,13 @@ def command(
             _wait(server, console)
 
 
-def _wait(server: Server, console: Console) -> None:
+def _wait(server: VllmServer, console: Console) -> None:
     """Wait until Ctrl-C, which is how a server is meant to end.
 
     Raises:
         GemmaPackError: the server ended by itself.
     """
-    from gemma_pack.deploy.process import last_lines
+    from gemma_pack.vllm import last_lines
 
     try:
         while server.process.poll() is None:

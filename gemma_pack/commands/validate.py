@@ -152,9 +152,9 @@ def engine_choice(engine: str, base_engine: str | None, served_model: str | None
     if engine == "transformers":
         return None
     if engine == "vllm":
-        from gemma_pack.evaluation.engines.vllm import vllm_python
+        from gemma_pack.vllm import find_vllm
 
-        vllm_python()  # before gigabytes are fetched for nothing
+        find_vllm()  # before gigabytes are fetched for nothing
     return EngineChoice(engine=engine, base_engine=base_engine, served_model=served_model)
 
 

@@ -20,7 +20,7 @@ from gemma_pack.errors import CheckpointError, EngineError
 from gemma_pack.evaluation.engines.in_process import load, require_memory
 from gemma_pack.evaluation.engines.reading import Reading, ResidentReader
 from gemma_pack.evaluation.engines.server import ServerReader
-from gemma_pack.evaluation.engines.vllm import SERVED_NAME, serving, vllm_python
+from gemma_pack.evaluation.engines.vllm import SERVED_NAME, reading_server
 from gemma_pack.evaluation.likelihood import BOS_WINDOWS, NOISE_WINDOWS, judge_bos
 from gemma_pack.evaluation.parity import NEAR_TIE_TOP, compare_read_answers
 from gemma_pack.evaluation.top_k import TOP_K, compare_readings, noise_between
@@ -236,7 +236,7 @@ def _started(directory: Path, role: str, servers: Servers, longest: int, reporte
     reporter.status(f"starting vLLM's server for the {role}")
     log = servers.kept / f"vllm-{role}.log"
     with (
-        serving(directory, python=vllm_python(), max_model_len=longest, log=log) as address,
+        reading_server(directory, max_model_len=longest, log=log) as address,
         _asked(address, role, SERVED_NAME, own=True) as reader,
     ):
         yield reader

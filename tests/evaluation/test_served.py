@@ -134,7 +134,7 @@ def test_vllm_must_be_somewhere(
     variant: Path, run_validation: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("GEMMA_PACK_VLLM", raising=False)
-    with pytest.raises(MachineError, match="GEMMA_PACK_VLLM is not set"):
+    with pytest.raises(MachineError, match="there is no vLLM here"):
         run_validation(variant, EngineChoice(engine="vllm"))
     monkeypatch.setenv("GEMMA_PACK_VLLM", "/nowhere/python")
     with pytest.raises(MachineError, match="names /nowhere/python, and it is not there"):

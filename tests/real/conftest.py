@@ -20,7 +20,7 @@ from gemma_pack.deploy.resources import Demand, plan_resources
 from gemma_pack.deploy.vllm import vllm_bundle
 from gemma_pack.record import read_record
 from tests.oci.registry import running_registry
-from tests.real.vllm_server import VllmServer, serving
+from tests.real.vllm_server import AskedServer, serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -128,7 +128,7 @@ def deployed(served_directory: Path) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def vllm_server(
     served_directory: Path, deployed: dict[str, str], vllm_python: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[VllmServer]:
+) -> Iterator[AskedServer]:
     """Return vLLM's server with that directory loaded, started with the options that `deploy` wrote."""
     log = tmp_path_factory.mktemp("vllm") / "server.log"
     [line] = [line for line in deployed["serve.sh"].replace("\\\n", " ").splitlines() if "vllm serve" in line]

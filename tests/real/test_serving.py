@@ -17,21 +17,21 @@ from tests.real.vllm_server import KV_CACHE_BYTES, MAX_BATCHED_TOKENS, START_SEC
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.real.vllm_server import VllmServer
+    from tests.real.vllm_server import AskedServer
 
 pytestmark = pytest.mark.real
 
 PROMPT = "The capital of France is"
 
 
-def test_the_greedy_answer_is_not_empty_and_always_the_same(vllm_server: VllmServer) -> None:
+def test_the_greedy_answer_is_not_empty_and_always_the_same(vllm_server: AskedServer) -> None:
     first, second = (vllm_server.complete(PROMPT)["choices"][0] for _ in range(2))
     assert first["text"].strip()
     assert first["text"] == second["text"]
     assert first["finish_reason"] == "length"
 
 
-def test_the_answer_streams_and_is_the_same(vllm_server: VllmServer) -> None:
+def test_the_answer_streams_and_is_the_same(vllm_server: AskedServer) -> None:
     body = {"model": vllm_server.model, "prompt": PROMPT, "temperature": 0, "max_tokens": 16, "stream": True}
     with httpx.stream("POST", f"{vllm_server.base_url}/v1/completions", json=body, timeout=120) as answer:
         events = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
@@ -41,26 +41,26 @@ def test_the_answer_streams_and_is_the_same(vllm_server: VllmServer) -> None:
     assert "".join(pieces) == vllm_server.complete(PROMPT)["choices"][0]["text"]
 
 
-def test_the_model_understands_the_prompt(vllm_server: VllmServer) -> None:
+def test_the_model_understands_the_prompt(vllm_server: AskedServer) -> None:
     answer = vllm_server.complete(PROMPT, max_tokens=1, logprobs=5)["choices"][0]["logprobs"]
     likely = {token.strip() for token in answer["top_logprobs"][0]}
     assert likely & {"the", "a", "Paris", "located", "in"}
 
 
-def test_the_prompt_begins_with_one_bos(vllm_server: VllmServer) -> None:
+def test_the_prompt_begins_with_one_bos(vllm_server: AskedServer) -> None:
     asked = {"model": vllm_server.model, "prompt": PROMPT}
     tokens = httpx.post(f"{vllm_server.base_url}/tokenize", json=asked, timeout=30).json()["tokens"]
     assert tokens.count(2) == 1
     assert tokens[0] == 2
 
 
-def test_the_server_offers_the_model_under_its_name_and_context(vllm_server: VllmServer) -> None:
+def test_the_server_offers_the_model_under_its_name_and_context(vllm_server: AskedServer) -> None:
     [model] = httpx.get(f"{vllm_server.base_url}/v1/models", timeout=30).json()["data"]
     assert model["id"] == "gemma"
     assert model["max_model_len"] == MAX_MODEL_LEN
 
 
-def test_the_kv_cache_is_what_we_count(vllm_server: VllmServer, served_directory: Path) -> None:
+def test_the_kv_cache_is_what_we_count(vllm_server: AskedServer, served_directory: Path) -> None:
     # The server says how many requests of full length fit its cache. It rounds sliding layers up to blocks of 128
     # tokens, which we do not, and on a CPU it schedules no batch ahead.
     log = vllm_server.log.read_text("utf-8", errors="replace")

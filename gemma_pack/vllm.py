@@ -1,10 +1,15 @@
-"""vLLM's server as a process of ours: found, started on a directory, waited for, stopped with all its children."""
+"""vLLM's server as a process of ours: found, started on a directory, waited for, stopped with all its children.
+
+`serve` shows it to people, `validate --engine vllm` asks it. vLLM lives in an environment of its own, because it pins
+another compressed-tensors than llm-compressor does; `GEMMA_PACK_VLLM` names that environment's Python.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,27 +19,33 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from gemma_pack.errors import GemmaPackError, MachineError
+from gemma_pack.errors import EngineError, MachineError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 VARIABLE: Final = "GEMMA_PACK_VLLM"
 STOP_SECONDS: Final = 20
-POLL_SECONDS: Final = 0.5
+POLL_SECONDS: Final = 0.2
 LOG_LINES: Final = 30
-OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+OFFLINE: Final = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 """The model is a directory: nothing is to be asked of a network, and nothing told to one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Server:
+class VllmServer:
     """A running server.
 
     Attributes:
         base_url: `http://host:port`, without a path.
         log: what it wrote so far.
         start_seconds: from the start of the process to the first healthy answer.
+        process: its first process, the leader of its group.
     """
 
     base_url: str
@@ -50,12 +61,13 @@ def find_vllm(environ: Mapping[str, str] = os.environ) -> Path:
         MachineError: there is none; the hint says how to get one.
     """
     if given := environ.get(VARIABLE):
-        if not Path(given).is_file():
+        found = shutil.which(given, path=environ.get("PATH"))
+        if found is None:
             raise MachineError(
                 f"{VARIABLE} names {given}, and it is not there",
                 hint="set it to the Python of an environment that has vLLM",
             )
-        return Path(given)
+        return Path(found)
     if find_spec("vllm"):
         return Path(sys.executable)
     script = shutil.which("vllm", path=environ.get("PATH"))
@@ -71,8 +83,16 @@ def find_vllm(environ: Mapping[str, str] = os.environ) -> Path:
 
 @contextmanager
 def serving(
-    python: Path, directory: Path, arguments: Sequence[str], *, host: str, port: int, log: Path
-) -> Iterator[Server]:
+    python: Path,
+    directory: Path,
+    arguments: Sequence[str],
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    start_seconds: float | None = None,
+) -> Iterator[VllmServer]:
     """Serve the checkpoint in `directory` with the OpenAI API until the block ends.
 
     The module is started, not the `vllm` script: the script of vLLM's CPU build looks for a distribution named vllm.
@@ -82,13 +102,16 @@ def serving(
         directory: holds config, weights and tokenizer.
         arguments: further options of `vllm serve`.
         host: address to listen on.
-        port: to listen on.
+        port: to listen on; None takes a free one.
         log: file that gets the server's output.
+        environment: its variables; None gives it ours, without the network.
+        start_seconds: how long it may take until it is healthy; None waits as long as it lives, for Ctrl-C ends that.
 
     Raises:
-        GemmaPackError: it died before it was healthy; the message ends with its last lines.
+        EngineError: it died before it was healthy, or took too long; the message ends with its last lines.
     """
     started = time.monotonic()
+    port = port or free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603 - a list of arguments, no shell
             [
@@ -98,16 +121,23 @@ def serving(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **OFFLINE},
+            env=dict(environment) if environment is not None else {**os.environ, **OFFLINE},
             start_new_session=True,  # a group of its own: Ctrl-C reaches us alone, and we stop all of it in order
         )  # fmt: skip
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - compared with, not bound
     try:
         base_url = f"http://{shown}:{port}"
-        _wait_until_healthy(process, base_url, log)
-        yield Server(base_url=base_url, log=log, start_seconds=time.monotonic() - started, process=process)
+        _wait_until_healthy(process, base_url, log, start_seconds)
+        yield VllmServer(base_url=base_url, log=log, start_seconds=time.monotonic() - started, process=process)
     finally:
         stop(process)
+
+
+def private_environment() -> dict[str, str]:
+    """Return variables for a server that talks over 127.0.0.1 alone, to us alone: no proxy, no key, no network."""
+    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    kept.pop("VLLM_API_KEY", None)
+    return {**kept, **OFFLINE, "GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -127,19 +157,31 @@ def last_lines(log: Path) -> str:
     return "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-LOG_LINES:])
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], base_url: str, log: Path) -> None:
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_healthy(
+    process: subprocess.Popen[bytes], base_url: str, log: Path, start_seconds: float | None
+) -> None:
     import httpx
 
-    while process.poll() is None:  # a large model may load for many minutes; Ctrl-C ends the wait
+    deadline = None if start_seconds is None else time.monotonic() + start_seconds
+    while process.poll() is None:
         try:
             if httpx.get(f"{base_url}/health", timeout=5, trust_env=False).status_code == httpx.codes.OK:
                 return
         except httpx.TransportError:
             pass  # not listening yet
+        if deadline and time.monotonic() > deadline:
+            raise EngineError(f"vLLM was not healthy within {start_seconds:.0f} s:\n{last_lines(log)}")
         time.sleep(POLL_SECONDS)
-    raise GemmaPackError(
+    raise EngineError(
         f"vLLM ended with exit code {process.returncode} before it was healthy:\n{last_lines(log)}",
-        hint="options of vLLM's can be passed behind --, such as -- --max-model-len=4096",
+        hint="the log's last error says why; options of vLLM's can be passed to gemma-pack serve behind --",
     )
 
 
