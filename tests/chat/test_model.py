@@ -172,6 +172,7 @@ def test_a_packed_variant_says_what_the_unpacked_one_says(
     assert logits(speaker(directory, "exact", "float32")).dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # inductor calls what torch deprecates
 @pytest.mark.real
 def test_speed_really_compiles_and_says_the_same(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from torch._dynamo.utils import counters
