@@ -2,7 +2,7 @@
 
     python bench/floor.py DIRECTORY [SINK]
 
-With a directory SINK, the other end writes what it gets to files, as a registry must; without, it drops it.
+With a directory SINK, the other end writes what it gets to the disk, as a registry must; without, it drops it.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ def _take(connection: socket.socket, sink: Path | None, number: int) -> None:
     with connection, target.open("wb", buffering=0) as stream:
         while count := connection.recv_into(buffer):
             stream.write(buffer[:count])
+        if sink is not None:
+            os.fsync(stream.fileno())  # as docker-registry does before it answers
         connection.sendall(b"!")
 
 

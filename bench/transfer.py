@@ -1,15 +1,20 @@
 """Pushing and pulling beside the peers: the same directory, the same kind of registry, the same machine, in turns.
 
-    python bench/transfer.py WORK --peers VENV [--repeats 3] [--gigabytes 3.2] [--minutes 20]
+    python bench/transfer.py WORK --beside NAME [--repeats 3] [--gigabytes 3.2] [--storage DIRECTORY]
+    python bench/transfer.py WORK --beside pull
+    python bench/transfer.py WORK --summary
 
-VENV is a virtual environment with `olot`, `oci-modelcar` and `oras`; buildah, skopeo, docker-registry and GNU tar come
-from the distribution. The directory holds random bytes in safetensors shards of 512 MiB, which no compression helps.
-Every push goes to an empty registry, every pull into an empty directory, with all earlier writes on the disk first.
-Contenders take turns within a repeat, so that what else the machine does hits all alike.
+Each call runs gemma-pack and one contender by turns and adds the pairs to bench/results/transfer.json, so that what
+else the machine does hits both alike and no call takes long; `--summary` prints the table of all of them. The peers
+written in Python get a virtual environment of their own in WORK, from bench/peers/requirements.txt; buildah, podman,
+skopeo, docker-registry and GNU tar come from the distribution.
+
+The directory holds random bytes in safetensors shards of 512 MiB, which no compression helps. Every push goes to an
+empty registry, every pull into an empty directory, with all earlier writes on the disk first. The registry keeps its
+blobs in WORK, or in the directory that `--storage` names: in memory, it is like a registry on another machine.
 
 Wall time is of all commands together, memory the largest resident set of any process, extra disk the most that lay in
-the contender's temporary and working directories, CPU of its own processes; none of them count the registry. The table
-goes to stdout, and with versions and date to bench/results/transfer.json.
+the contender's temporary and working directories, CPU of its own processes; none of them count the registry.
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from contenders import OURS, PUSHES, Place, Steps, ours, pull_ours, pull_skopeo
 
 from gemma_pack.checkpoint import write_index
 from gemma_pack.console import table
@@ -41,143 +47,27 @@ from gemma_pack.safetensors_file import TensorInfo, read_header, write_safetenso
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Any
 
 HERE = Path(__file__).parent
-CONTAINERFILE = HERE.parent / "Containerfile.modelcar"
+RESULTS = HERE / "results/transfer.json"
 SHARD_BYTES, TENSOR_BYTES = 512 << 20, 32 << 20
 SAMPLE_S = 0.1
-BASE = "localhost/base:bench"
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """What one contender needed once."""
 
-    contender: str
+    pair: str
+    """Beside whom, and where the registry kept its blobs."""
+    repeat: int
     task: str
+    contender: str
     wall_s: float
     cpu_s: float
     memory_bytes: int
     disk_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a run happens: `scratch` is empty before and removed after."""
-
-    model: Path
-    scratch: Path
-    host: str
-    peers: Path
-
-    @property
-    def reference(self) -> str:
-        """What is pushed or pulled."""
-        return f"{self.host}/bench/model:1"
-
-
-Steps = list[list[object]]
-
-
-def ours(place: Place) -> Steps:
-    """gemma-pack, straight from the directory."""
-    return [[sys.executable, "-m", "gemma_pack", "push", place.model, place.reference, "--quiet"]]
-
-
-def olot(place: Place) -> Steps:
-    """Layers into a copy of the base's layout, then skopeo; without --preserve-digests it would gzip the weights."""
-    layout = place.scratch / "layout"
-    files = sorted(place.model.iterdir())
-    return [
-        ["skopeo", "copy", "--quiet", "--all", f"oci:{embedded_base()}", f"oci:{layout}:latest"],
-        [place.peers / "bin/olot", layout, *files],
-        ["skopeo", "copy", "--quiet", "--all", "--preserve-digests", "--dest-tls-verify=false",
-         f"oci:{layout}:latest", f"docker://{place.reference}"],
-    ]  # fmt: skip
-
-
-def buildah(place: Place) -> Steps:
-    """The project's Containerfile with buildah, which podman builds with, too; pushed without compression."""
-    store = ["--root", place.scratch / "root", "--runroot", place.scratch / "run", "--storage-driver", DRIVER]
-    target = f"containers-storage:[{DRIVER}@{place.scratch}/root+{place.scratch}/run]{BASE}"
-    build = ["build", "--quiet", "--layers=true", "--isolation", "chroot", "--pull=never", "--build-arg"]
-    return [
-        ["skopeo", "copy", "--quiet", f"oci:{embedded_base()}", target],
-        ["buildah", *store, *build, f"BASE={BASE}", "--tag", "localhost/built", "--file", CONTAINERFILE, place.model],
-        ["buildah", *store, "push", "--quiet", "--disable-compression", "--tls-verify=false", "localhost/built",
-         f"docker://{place.reference}"],
-    ]  # fmt: skip
-
-
-def oci_modelcar(place: Place) -> Steps:
-    """Its own pipeline with two workers; its image has no base and no index."""
-    script = HERE / "peers/oci_modelcar_directory.py"
-    return [
-        [place.peers / "bin/python", script, place.model, place.host, "bench/model", "1", place.scratch / "spool", 2]
-    ]
-
-
-def oras(place: Place) -> Steps:
-    """An artifact of raw files, not an image."""
-    return [[place.peers / "bin/python", HERE / "peers/oras_directory.py", place.model, place.reference]]
-
-
-def floor(place: Place) -> Steps:
-    """Read, hash and send over loopback; the other end drops it."""
-    return [[sys.executable, HERE / "floor.py", place.model]]
-
-
-def floor_written(place: Place) -> Steps:
-    """The same, and the other end writes it to files, which are counted as extra disk."""
-    (place.scratch / "sink").mkdir()
-    return [[sys.executable, HERE / "floor.py", place.model, place.scratch / "sink"]]
-
-
-def pull_ours(place: Place) -> Steps:
-    """gemma-pack, into a directory."""
-    return [[sys.executable, "-m", "gemma_pack", "pull", place.reference, "-o", place.scratch / "model", "--quiet"]]
-
-
-def pull_skopeo(place: Place) -> Steps:
-    """Skopeo into a layout, then every layer through tar."""
-    layout = place.scratch / "layout"
-    unpack = f"import json,pathlib,subprocess\nl=pathlib.Path({str(layout)!r})\n{_UNPACK}"
-    return [
-        ["skopeo", "copy", "--quiet", "--src-tls-verify=false", f"docker://{place.reference}", f"oci:{layout}:latest"],
-        [sys.executable, "-c", unpack, place.scratch / "model"],
-    ]
-
-
-_UNPACK = """
-import sys
-def read(digest): return json.loads((l / "blobs" / digest.replace(":", "/")).read_text())
-target = pathlib.Path(sys.argv[1]); target.mkdir()
-manifest = read(json.loads((l / "index.json").read_text())["manifests"][0]["digest"])
-for layer in manifest["layers"]:
-    blob = l / "blobs" / layer["digest"].replace(":", "/")
-    subprocess.run(["tar", "-xf", blob, "-C", target], check=True)
-"""
-
-PUSHES: dict[str, Callable[[Place], Steps]] = {
-    "gemma-pack": ours,
-    "olot + skopeo --preserve-digests": olot,
-    "buildah": buildah,
-    "oci-modelcar (no base)": oci_modelcar,
-    "oras-py (raw files)": oras,
-    "floor": floor,
-    "floor, written": floor_written,
-}
-EQUAL = ("olot + skopeo --preserve-digests", "buildah", "oci-modelcar (no base)")
-"""Peers that make an image with the files under /models."""
-PULLS = {"gemma-pack": pull_ours, "skopeo copy + tar": pull_skopeo}
-DRIVER = "overlay"
-
-
-def embedded_base() -> Path:
-    """Return the layout of the base image that gemma-pack puts under the weights."""
-    import modelcar_base_image
-
-    return Path(modelcar_base_image.__file__).parent / "embedded_oci_layout"
 
 
 def write_model(directory: Path, size_bytes: int) -> None:
@@ -256,147 +146,196 @@ def resident_bytes(pid: int) -> int:
     return max([own, *(resident_bytes(int(child)) for children in listed for child in children)])
 
 
-def measure(contender: str, task: str, steps: Steps, scratch: Path) -> Run:
-    """Run the commands of a contender one after the other."""
-    environment = {**os.environ, "TMPDIR": str(scratch / "tmp"), "OMP_NUM_THREADS": "1"}
+@dataclass
+class Peak:
+    """The most that a sampler saw."""
+
+    disk_bytes: int = 0
+    memory_bytes: int = 0
+    process: int = 0
+    """Whose memory to look at; 0 for none."""
+
+
+def sample(scratch: Path, peak: Peak, ended: threading.Event) -> None:
+    """Look again and again until the end."""
+    while not ended.wait(SAMPLE_S):
+        peak.disk_bytes = max(peak.disk_bytes, used_bytes(scratch))
+        if peak.process:
+            peak.memory_bytes = max(peak.memory_bytes, resident_bytes(peak.process))
+
+
+def measure(steps: Steps, scratch: Path) -> tuple[float, float, Peak]:
+    """Run the commands of a contender one after the other; return wall and CPU seconds and the peaks."""
     (scratch / "tmp").mkdir(exist_ok=True)
-    peak = {"disk": 0, "memory": 0}
-    running, ended = [0], threading.Event()
-
-    def sample() -> None:
-        while not ended.wait(SAMPLE_S):
-            peak["disk"] = max(peak["disk"], used_bytes(scratch))
-            if running[0]:
-                peak["memory"] = max(peak["memory"], resident_bytes(running[0]))
-
-    sampler = threading.Thread(target=sample)
+    environment = {**os.environ, "TMPDIR": str(scratch / "tmp"), "OMP_NUM_THREADS": "1"}
+    log_path = scratch.parent / "step.log"
+    peak, ended = Peak(), threading.Event()
+    sampler = threading.Thread(target=sample, args=(scratch, peak, ended))
     sampler.start()
     begin_s, cpu_s = time.monotonic(), 0.0
     try:
         for step in steps:
-            with (scratch.parent / "step.log").open("wb") as log:
+            with log_path.open("wb") as log:
                 process = subprocess.Popen(list(map(str, step)), stdout=log, stderr=log, env=environment)
-                running[0] = process.pid
+                peak.process = process.pid
                 _, status, usage = os.wait4(process.pid, 0)
                 process.returncode = os.waitstatus_to_exitcode(status)
             if process.returncode:
-                raise SystemExit(f"{contender}: {step[:3]}\n" + (scratch.parent / "step.log").read_text()[-3000:])
+                raise SystemExit(f"{step[:3]} failed\n" + log_path.read_text()[-3000:])
             cpu_s += usage.ru_utime + usage.ru_stime
         wall_s = time.monotonic() - begin_s
     finally:
         ended.set()
         sampler.join()
-    return Run(contender, task, wall_s, cpu_s, peak["memory"], max(peak["disk"], used_bytes(scratch)))
+    peak.disk_bytes = max(peak.disk_bytes, used_bytes(scratch))
+    return wall_s, cpu_s, peak
 
 
-def run_once(work: Path, model: Path, peers: Path, contender: str, order: random.Random) -> list[Run]:
-    """Push with one contender to an empty registry; with ours, also once more unchanged, and pull both ways."""
-    runs = []
-    scratch = work / "scratch"
-    with registry(work / "registry") as host:
-        place = Place(model, scratch, host, peers)
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """One call: where things lie, and under which name its runs are kept."""
 
-        def clean(task: str, name: str, steps: Callable[[Place], Steps]) -> None:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir()
-            os.sync()
-            runs.append(measure(name, task, steps(place), scratch))
-            shutil.rmtree(scratch)
-            print(f"{task} {name}: {runs[-1].wall_s:.1f} s", file=sys.stderr, flush=True)
+    work: Path
+    model: Path
+    peers: Path
+    storage: Path
+    pair: str
 
-        (model.parent / f".{model.name}.push.jsonl").unlink(missing_ok=True)
-        clean("push", contender, PUSHES[contender])
-        if contender == "gemma-pack":
-            clean("push again", contender, ours)
-            for name in order.sample(sorted(PULLS), len(PULLS)):
-                clean("pull", name, PULLS[name])
-    return runs
+    def run(self, repeat: int, task: str, contender: str, host: str, steps: Callable[[Place], Steps]) -> Run:
+        """Measure one contender in an empty directory, with all earlier writes on the disk."""
+        scratch = self.work / "scratch"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        os.sync()
+        wall_s, cpu_s, peak = measure(steps(Place(self.model, scratch, host, self.peers)), scratch)
+        shutil.rmtree(scratch)
+        print(f"{task} {contender}: {wall_s:.1f} s", file=sys.stderr, flush=True)
+        return Run(
+            self.pair, repeat, task, contender, round(wall_s, 3), round(cpu_s, 3), peak.memory_bytes, peak.disk_bytes
+        )
+
+    def pushes(self, repeat: int, contender: str, order: random.Random) -> list[Run]:
+        """Push with both to an empty registry each, in either order."""
+        runs = []
+        both = {OURS: ours, contender: PUSHES[contender]}
+        for name in order.sample(sorted(both), 2):
+            self._forget()
+            with registry(self.storage / "registry") as host:
+                runs.append(self.run(repeat, "push", name, host, both[name]))
+        return runs
+
+    def pulls(self, repeat: int, order: random.Random) -> list[Run]:
+        """Push once, push again unchanged, and pull with both, in either order."""
+        self._forget()
+        with registry(self.storage / "registry") as host:
+            runs = [self.run(repeat, task, OURS, host, ours) for task in ("push", "push again")]
+            both = {OURS: pull_ours, "skopeo copy + tar": pull_skopeo}
+            return runs + [self.run(repeat, "pull", name, host, both[name]) for name in order.sample(sorted(both), 2)]
+
+    def _forget(self) -> None:
+        """Remove what an earlier push remembers of the directory."""
+        (self.model.parent / f".{self.model.name}.push.jsonl").unlink(missing_ok=True)
 
 
-def summarize(runs: list[Run]) -> list[list[str]]:
-    """Return a row for each contender and task: medians, and the range of the wall time."""
-    rows = []
-    for task, name in dict.fromkeys((run.task, run.contender) for run in runs):
-        own = [run for run in runs if (run.task, run.contender) == (task, name)]
-        walls = sorted(run.wall_s for run in own)
-        middle = {key: statistics.median(asdict(run)[key] for run in own) for key in ("memory_bytes", "disk_bytes")}
-        rows.append([
-            task, name, f"{statistics.median(walls):.1f}", f"{walls[0]:.1f} to {walls[-1]:.1f}",
-            f"{statistics.median(run.cpu_s for run in own):.1f}", f"{middle['memory_bytes'] / 1e6:.0f}",
-            f"{middle['disk_bytes'] / 1e9:.2f}",
-        ])  # fmt: skip
-    return rows
-
-
-def ratios(runs: list[Run]) -> dict[str, list[float]]:
-    """Return our wall time over that of each peer, repeat by repeat."""
-    found: dict[str, list[float]] = {}
-    for task, name in dict.fromkeys((run.task, run.contender) for run in runs if run.contender != "gemma-pack"):
-        own = [run.wall_s for run in runs if (run.task, run.contender) == (task, "gemma-pack")]
-        theirs = [run.wall_s for run in runs if (run.task, run.contender) == (task, name)]
-        found[f"{task}: {name}"] = [round(a / b, 3) for a, b in zip(own, theirs, strict=False)]
-    equal = {name: statistics.median(r) for name, r in found.items() if r and name.removeprefix("push: ") in EQUAL}
-    if equal:
-        found["push: fastest equal peer"] = found[max(equal, key=lambda name: equal[name])]
-    return found
+def peers_environment(work: Path) -> Path:
+    """Return the virtual environment of the peers, made where it is not there yet."""
+    place = work / "peers"
+    if not (place / "bin/olot").exists():
+        subprocess.run([sys.executable, "-m", "venv", place], check=True)
+        wanted = HERE / "peers/requirements.txt"
+        subprocess.run([place / "bin/python", "-m", "pip", "install", "-q", "-r", wanted], check=True)
+    return place
 
 
 def versions(peers: Path) -> dict[str, str]:
     """Return the version of everything that took part."""
-    asked = {
-        "buildah": ["buildah", "--version"],
-        "skopeo": ["skopeo", "--version"],
-        "docker-registry": ["docker-registry", "--version"],
-        **{
-            name: [str(peers / "bin/python"), "-c", f"import importlib.metadata as m; print(m.version({name!r}))"]
-            for name in ("olot", "oci-modelcar", "oras")
-        },
-    }
-    found = {
-        name: subprocess.run(command, capture_output=True, text=True, check=True) for name, command in asked.items()
-    }
+    names = ("olot", "oci-modelcar", "oras")
+    asked = {name: [name, "--version"] for name in ("buildah", "podman", "skopeo", "docker-registry", "tar")}
+    for name in names:
+        asked[name] = [str(peers / "bin/python"), "-c", f"import importlib.metadata as m; print(m.version({name!r}))"]
+    said = {name: subprocess.run(one, capture_output=True, text=True, check=True) for name, one in asked.items()}
     return {
         "gemma-pack": importlib.metadata.version("gemma-pack"),
         "python": platform.python_version(),
-        **{name: done.stdout.strip().splitlines()[0] for name, done in found.items()},
+        **{name: done.stdout.splitlines()[0].strip() for name, done in said.items()},
     }
 
 
+def keep(bench: Bench, runs: list[Run]) -> None:
+    """Put the runs of this call in the place of earlier ones of the same pair."""
+    made = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {"runs": []}
+    others = [run for run in made["runs"] if run["pair"] != bench.pair]
+    made = {
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "directory_bytes": sum(path.stat().st_size for path in bench.model.iterdir()),
+        "shard_bytes": SHARD_BYTES,
+        "versions": versions(bench.peers),
+        "runs": [*others, *map(asdict, runs)],
+    }
+    made["summary"] = summarize([Run(**run) for run in made["runs"]])
+    RESULTS.write_text(json.dumps(made, indent=1) + "\n", "utf-8")
+
+
+def summarize(runs: list[Run]) -> list[dict[str, object]]:
+    """Return a row for each pair and contender: medians, spread, and our wall time over the other's, by repeats."""
+    rows: list[dict[str, object]] = []
+    for pair, task, name in dict.fromkeys((run.pair, run.task, run.contender) for run in runs):
+        alike = {run.repeat: run for run in runs if (run.pair, run.task, run.contender) == (pair, task, name)}
+        own = {run.repeat: run for run in runs if (run.pair, run.task, run.contender) == (pair, task, OURS)}
+        walls = sorted(run.wall_s for run in alike.values())
+        ratios = sorted(round(own[repeat].wall_s / run.wall_s, 3) for repeat, run in alike.items() if name != OURS)
+        rows.append({
+            "pair": pair, "task": task, "contender": name, "repeats": len(walls),
+            "wall_s": statistics.median(walls), "wall_range_s": [walls[0], walls[-1]],
+            "cpu_s": statistics.median(run.cpu_s for run in alike.values()),
+            "memory_bytes": max(run.memory_bytes for run in alike.values()),
+            "disk_bytes": max(run.disk_bytes for run in alike.values()),
+            "ratio": statistics.median(ratios) if ratios else None,
+            "ratio_range": [ratios[0], ratios[-1]] if ratios else None,
+        })  # fmt: skip
+    return rows
+
+
+def printed(summary: list[dict[str, Any]]) -> str:
+    """Return the rows of `summarize` as a table."""
+    rows = [
+        (
+            row["pair"], row["task"], row["contender"], f"{row['wall_s']:.1f}",
+            "{:.1f} to {:.1f}".format(*row["wall_range_s"]), f"{row['cpu_s']:.1f}", f"{row['memory_bytes'] / 1e6:.0f}",
+            f"{row['disk_bytes'] / 1e9:.2f}", "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+        )
+        for row in summary
+    ]  # fmt: skip
+    return table(rows, header=("beside", "task", "contender", "s", "range", "CPU s", "MB", "disk GB", "ours / theirs"))
+
+
 def main() -> None:
-    """Run every contender in turn, and write the table."""
+    """Run one pair by turns, or print what earlier calls found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--peers", type=Path, required=True)
+    parser.add_argument("--beside", choices=[*PUSHES, "pull"])
+    parser.add_argument("--summary", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--gigabytes", type=float, default=3.2)
-    parser.add_argument("--minutes", type=float, default=60.0, help="begin no further repeat after this long")
-    parser.add_argument("--only", action="append", help="a contender; all unless given")
+    parser.add_argument("--storage", type=Path, help="where the registry keeps its blobs  [default: WORK]")
     options = parser.parse_args()
-    work, peers = options.work.resolve(), options.peers.absolute()
-    model = work / f"model-{options.gigabytes:g}"
-    if not model.is_dir():
-        write_model(model, int(options.gigabytes * 1e9))
-    order = random.Random(1)  # noqa: S311 - the turns
-    runs: list[Run] = []
-    begin_s = time.monotonic()
-    for repeat in range(options.repeats):
-        if time.monotonic() - begin_s > options.minutes * 60:
-            break
-        contenders = options.only or list(PUSHES)
-        for contender in order.sample(contenders, len(contenders)):
-            runs += run_once(work, model, peers, contender, order)
-        made = {
-            "date": dt.datetime.now(dt.UTC).date().isoformat(),
-            "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-            "directory_bytes": sum(path.stat().st_size for path in model.iterdir()),
-            "repeats": repeat + 1,
-            "versions": versions(peers),
-            "ratios_of_wall_time": ratios(runs),
-            "runs": [asdict(run) for run in runs],
-        }
-        (HERE / "results" / "transfer.json").write_text(json.dumps(made, indent=2) + "\n", "utf-8")
-    print(table(summarize(runs), header=("task", "contender", "s", "range", "CPU s", "MB", "disk GB")))
-    print(json.dumps(ratios(runs), indent=2))
+    work = options.work.resolve()
+    if options.beside:
+        model = work / f"model-{options.gigabytes:g}"
+        if not model.is_dir():
+            write_model(model, int(options.gigabytes * 1e9))
+        pair = options.beside + (" (registry elsewhere)" if options.storage else "")
+        bench = Bench(work, model, peers_environment(work), options.storage or work, pair)
+        order = random.Random(pair)  # noqa: S311 - the turns
+        runs: list[Run] = []
+        for repeat in range(options.repeats):
+            runs += (
+                bench.pulls(repeat, order) if options.beside == "pull" else bench.pushes(repeat, options.beside, order)
+            )
+        keep(bench, runs)
+    if options.summary:
+        print(printed(json.loads(RESULTS.read_text("utf-8"))["summary"]))
 
 
 if __name__ == "__main__":

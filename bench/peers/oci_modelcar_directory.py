@@ -1,6 +1,6 @@
 """Push a directory with oci-modelcar, which knows only repositories of a model hub; run by an interpreter that has it.
 
-    python oci_modelcar_directory.py DIRECTORY HOST REPOSITORY TAG SPOOL WORKERS
+    python oci_modelcar_directory.py DIRECTORY HOST REPOSITORY TAG SPOOL
 
 Its own pipeline runs unchanged. The files stand where it would have downloaded them, so that no download is timed: it
 takes a file of the right size in its spool for one that it fetched.
@@ -16,6 +16,9 @@ from oci_modelcar.download import HfDownloader, HfFile
 from oci_modelcar.logging import PipelineLogger
 from oci_modelcar.pipeline import Pipeline
 from oci_modelcar.registry import OciClient
+
+WORKERS = 2
+"""Its default is one; more than there are cores are no faster."""
 
 
 class Local(HfDownloader):
@@ -39,7 +42,7 @@ def main() -> None:
         (spool / "sources" / path.name).symlink_to(path.resolve())
     config = Config(
         hf_repo="bench/model", registry=sys.argv[2], target_repo=sys.argv[3], target_tag=sys.argv[4],
-        spool_dir=spool, workers=int(sys.argv[6]),
+        spool_dir=spool, workers=WORKERS,
     )  # fmt: skip
     client = OciClient(registry_host=sys.argv[2], target_repo=sys.argv[3])
     Pipeline(config, PipelineLogger(log_style="text", quiet=True), Local(None, None, spool, None), client).run()
