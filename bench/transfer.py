@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from contenders import OURS, PUSHES, Place, Steps, ours, pull_ours, pull_skopeo
+from transfer_peers import OURS, PUSHES, Place, Steps, ours, pull_ours, pull_skopeo
 
 from gemma_pack.checkpoint import write_index
 from gemma_pack.console import table

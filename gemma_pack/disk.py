@@ -66,6 +66,23 @@ def refuse_existing(target: Path) -> None:
         raise InvalidUsageError(f"{target} is in the way", hint="choose another directory with -o, or remove it first")
 
 
+def cache_directory() -> Path:
+    """Return where what was fetched is kept: $GEMMA_PACK_CACHE, else gemma-pack in the user's cache."""
+    if configured := os.environ.get("GEMMA_PACK_CACHE"):
+        return Path(configured)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma-pack"
+
+
+def is_ours(path: Path) -> bool:
+    """Tell whether `path` belongs to whom a file made beside it now belongs to; a link never does.
+
+    In a directory that all may write to, as /tmp, somebody else may have put there what looks like ours. Not the
+    user's number is asked for: a disk on the network may give files any owner.
+    """
+    with tempfile.TemporaryFile(dir=path.parent) as probe:
+        return not path.is_symlink() and path.stat().st_uid == os.fstat(probe.fileno()).st_uid
+
+
 def require_space(target: Path, size_bytes: int) -> None:
     """Raise MachineError unless the disk that will hold `target` has `size_bytes` free."""
     existing = next(place for place in (target, *target.absolute().parents) if place.exists())

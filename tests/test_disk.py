@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gemma_pack import disk
-from gemma_pack.disk import refuse_existing, require_space, staged_directory, write_atomic
+from gemma_pack.disk import is_ours, refuse_existing, require_space, staged_directory, write_atomic
 from gemma_pack.errors import InvalidUsageError, MachineError
 
 if TYPE_CHECKING:
@@ -164,3 +164,13 @@ def test_a_disk_too_small_is_said_before_the_work(tmp_path: Path):
     with pytest.raises(MachineError, match=r"needs 1000000000\.00 GB and the disk has .* free") as caught:
         require_space(tmp_path / "not" / "there" / "yet", 10**18)
     assert caught.value.hint
+
+
+def test_a_file_is_ours_by_its_owner_and_a_link_never_is(tmp_path: Path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    assert is_ours(tmp_path / "file")
+    assert not is_ours(tmp_path / "link")
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "file", 4242, 4242)
+        assert not is_ours(tmp_path / "file")

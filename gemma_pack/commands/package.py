@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   gemma-pack package gemma-3-270m-it-quantized.w4a16 --layout both
-  gemma-pack package gemma-2-9b-it-quantized.w4a16 -o image.oci --base ubi9-micro.oci --platform linux/amd64"""
+  gemma-pack package gemma-2-9b-it-quantized.w4a16 -o image.oci --base registry.access.redhat.com/ubi9/ubi-micro:9.8"""
 )
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
@@ -40,8 +40,9 @@ Examples:
     "--base",
     default="embedded",
     show_default=True,
-    metavar="embedded|none|LAYOUT",
-    help="What lies under a modelcar's weights: KServe's own link-and-wait binary, nothing, or an image in a layout.",
+    metavar="embedded|none|LAYOUT|REF",
+    help="What lies under a modelcar's weights: KServe's own link-and-wait binary, nothing, or an image in a layout or "
+    "a registry.",
 )
 @click.option(
     "--platform",

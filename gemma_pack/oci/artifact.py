@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from gemma_pack.oci.image import Document, Image, created_time, describe_layers
+from gemma_pack.oci.image import Image, created_time, describe_layers
 from gemma_pack.oci.labels import image_annotations
 from gemma_pack.oci.layers import MODELS_DIRECTORY, LayerEntry, group_entries
-from gemma_pack.oci.manifest import MANIFEST_TYPE, Manifest, describe, encode_json
+from gemma_pack.oci.manifest import MANIFEST_TYPE, Document, Manifest, describe, encode_json
 from gemma_pack.record import read_record
 
 if TYPE_CHECKING:

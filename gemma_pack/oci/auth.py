@@ -2,7 +2,7 @@
 
 A registry refuses with `WWW-Authenticate: Bearer realm=…,service=…,scope=…` (or Basic); the client fetches a
 short-lived token for the scope from the realm and shows that. Tokens are kept by scope until they are about to expire.
-The login goes to the realm alone, over https unless it is on this machine.
+The login goes to the realm alone, over https unless both are on this machine.
 
 Sources: https://distribution.github.io/distribution/spec/auth/token/ and .../oauth/; RFC 9110, 11.6.1.
 """
@@ -168,8 +168,10 @@ class Authenticator:
             realm = httpx.URL(text)
         except httpx.InvalidURL as error:
             raise RegistryError(f"{self._host} names a broken URL to fetch tokens from") from error
-        own = self._plain_http and realm.host == httpx.URL(f"http://{self._host}").host
-        if realm.scheme == "https" or (realm.scheme == "http" and (own or is_loopback(realm.host))):
+        host = httpx.URL(f"http://{self._host}").host
+        own = self._plain_http and realm.host == host
+        local = is_loopback(host) and is_loopback(realm.host)  # no registry elsewhere knows what listens here
+        if realm.scheme == "https" or (realm.scheme == "http" and (own or local)):
             return realm
         raise RegistryError(
             f"{self._host} wants the login sent to {realm.scheme or 'no'}://{realm.host}, which is not encrypted",

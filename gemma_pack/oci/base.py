@@ -7,6 +7,7 @@ knows what is wanted. Its native and fetch modes only read files, and `none` is 
                modelcar-base-image: 1.3 MB, amd64 and arm64, no network, no shell
     none       nothing
     LAYOUT     any image in an OCI layout, such as `skopeo copy --all docker://ubi9-micro… oci:LAYOUT` leaves
+    REF        any image in a registry, such as registry.access.redhat.com/ubi9/ubi-micro:9.8, which has a shell
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gemma_pack.errors import InvalidUsageError, RegistryError
+from gemma_pack.oci.base_registry import keep_base, names_registry
 from gemma_pack.oci.layers import read_file
 from gemma_pack.oci.layout import Layout
 from gemma_pack.oci.manifest import (
@@ -27,6 +29,7 @@ from gemma_pack.oci.manifest import (
     parse_json,
     parse_platform,
 )
+from gemma_pack.oci.source import IMAGE_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -79,12 +82,13 @@ def load_base(spec: str, platforms: Sequence[Platform] = ()) -> tuple[BaseImage,
     """Return the base for each platform asked for, or for all that the base has.
 
     Args:
-        spec: `embedded`, `none` or the path of an OCI layout.
+        spec: `embedded`, `none`, the path of an OCI layout, or a reference that begins with its registry's host.
         platforms: in the order that the image's index shall have; empty for all.
 
     Raises:
         InvalidUsageError: the base lacks a platform, or has layers that some consumer cannot unpack.
-        RegistryError: the layout is broken.
+        RegistryError: the layout is broken, or the registry has no such image.
+        AccessError, OfflineError: the registry wants a login, or cannot be reached.
     """
     if spec == NONE:
         return tuple(BaseImage(platform=platform) for platform in platforms or DEFAULT_PLATFORMS)
@@ -92,11 +96,15 @@ def load_base(spec: str, platforms: Sequence[Platform] = ()) -> tuple[BaseImage,
         directory, name = _embedded()
     elif (Path(spec) / "oci-layout").is_file():
         directory, name = Path(spec), None
+    elif names_registry(spec):
+        directory, name = keep_base(spec, platforms), None
     else:
         raise InvalidUsageError(
-            f"{spec} is no OCI layout", hint="--base takes embedded, none or the directory of an OCI layout"
+            f"{spec} is no OCI layout",
+            hint="--base takes embedded, none, the directory of an OCI layout, or host/name:tag of an image",
         )
     layout = Layout.open(directory)
+    name = name or layout.root.annotations.get(IMAGE_NAME)
     available = [_read(layout, descriptor, manifest, name) for descriptor, manifest in _images(layout)]
     if not platforms:
         return tuple(available)

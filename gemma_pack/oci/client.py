@@ -18,13 +18,13 @@ from urllib.parse import quote
 import httpx
 
 from gemma_pack.errors import RegistryError
-from gemma_pack.oci.image import Document
 from gemma_pack.oci.manifest import (
     INDEX_TYPE,
     INDEX_TYPES,
     MANIFEST_TYPE,
     MANIFEST_TYPES,
     Descriptor,
+    Document,
     Index,
     parse_json,
     sha256_digest,
@@ -338,11 +338,11 @@ class RegistryClient:
     def _session(self, answer: Answer, default: httpx.URL | None = None) -> Upload:
         location = answer.headers.get("location", "")
         url = default if default and not location else self.transport.resolve(answer.url, location)
-        received = re.fullmatch(r"(?:bytes=)?0-(\d+)", answer.headers.get("range", ""))
+        received = re.fullmatch(r"(?:bytes=)?0-([0-9]{1,18})", answer.headers.get("range", ""))
         # "0-0" is one byte by the letter, and what registries say for none
         offset = int(received[1]) + 1 if received and received[1] != "0" else None
-        smallest = answer.headers.get("oci-chunk-min-length", "")
-        return Upload(url=url, offset=offset, min_chunk_bytes=int(smallest) if smallest.isdigit() else 0)
+        smallest = re.fullmatch(r"[0-9]{1,18}", answer.headers.get("oci-chunk-min-length", ""))
+        return Upload(url=url, offset=offset, min_chunk_bytes=int(smallest[0]) if smallest else 0)
 
     def _check_echo(self, answer: Answer, digest: str) -> None:
         echoed = answer.headers.get("docker-content-digest", digest)

@@ -23,6 +23,7 @@ from gemma_pack.oci.manifest import (
     INDEX_TYPE,
     MANIFEST_TYPE,
     Descriptor,
+    Document,
     Index,
     Manifest,
     Platform,
@@ -38,14 +39,6 @@ if TYPE_CHECKING:
 
 MAX_LAYERS: Final = 40
 """Docker stops at 127, older containerd at about 60 (overlay mount options must fit into one page)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Document:
-    """A small blob held in memory: a config, a manifest or an index."""
-
-    descriptor: Descriptor
-    data: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +126,7 @@ def plan_image(checkpoint: Checkpoint, base: str = EMBEDDED, platforms: Sequence
 
     Args:
         checkpoint: with its tokenizer; its record, where it has one, becomes labels and annotations.
-        base: `embedded`, `none` or the path of an OCI layout.
+        base: `embedded`, `none`, the path of an OCI layout or a reference.
         platforms: empty for all that the base has.
 
     Raises:

@@ -14,11 +14,18 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from gemma_pack.checkpoint import INDEX_NAME
 from gemma_pack.errors import CheckpointError, RegistryError
 from gemma_pack.oci.extraction import GZIP_TYPES, PLAIN_TYPES, is_raw
-from gemma_pack.oci.layer_reader import MAX_SMALL_BYTES, MAX_WINDOW_BYTES, WINDOW_BYTES, BlobReader, read_tar_layer
+from gemma_pack.oci.layer_reader import (
+    MAX_SMALL_BYTES,
+    MAX_WINDOW_BYTES,
+    WINDOW_BYTES,
+    BlobReader,
+    bounded_header_bytes,
+    read_tar_layer,
+)
 from gemma_pack.oci.layers import MODELS_DIRECTORY
 from gemma_pack.oci.manifest import CONFIG_TYPE, parse_json
 from gemma_pack.oci.source import DEFAULT_PLATFORM, RegistrySource, open_source, resolve
-from gemma_pack.safetensors_file import LENGTH_BYTES, TensorInfo, header_bytes, parse_header
+from gemma_pack.safetensors_file import LENGTH_BYTES, TensorInfo, parse_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -189,7 +196,9 @@ class _Inspector:
         path = layer.title or ""
         if path.endswith(".safetensors"):
             head = self.reader.part(layer, 0, WINDOW_BYTES)
-            needed = header_bytes(head, layer.size_bytes) if len(head) >= LENGTH_BYTES else len(head)
+            needed = len(head)
+            if needed >= LENGTH_BYTES:
+                needed = bounded_header_bytes(head, layer.size_bytes, f"{self.reader.source.name}: {path}")
             head += self.reader.part(layer, len(head), needed - len(head)) if needed > len(head) else b""
             self.contents[path] = head[:needed]
         elif path in _SMALL:

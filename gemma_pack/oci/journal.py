@@ -8,7 +8,7 @@
 FILES stands for the files of a layer by name, size, times and inode, as git's index and make know a file that did not
 change. Nothing here is trusted further than that: a wrong digest is refused by the registry, and every blob is asked
 for again when the push ends. A line that a crash tore is passed over; a directory that cannot be written to is pushed
-without a journal.
+without a journal, and so is one beside which another user put one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final, Self
+
+from gemma_pack.disk import is_ours
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,6 +63,9 @@ class PushJournal:
             yield cls(repository)
             return
         with os.fdopen(descriptor, "r+b", buffering=0) as stream:
+            if not is_ours(path):  # digests in it are taken on trust, and sessions say where the bytes go
+                yield cls(repository)
+                return
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:  # another push of this source is under way, and its sessions are its own

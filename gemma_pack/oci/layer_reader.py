@@ -36,6 +36,10 @@ MAX_WINDOW_BYTES: Final = 1 << 20
 """Where a layer has to be read from end to end."""
 MAX_SMALL_BYTES: Final = 4 << 20
 """Of a file that is read; configs have kilobytes, records with every tensor's name less than a megabyte."""
+MAX_HEADER_BYTES: Final = 32 << 20
+"""Of a safetensors header that is read; one that names ten thousand tensors has a megabyte."""
+MAX_MEMBERS: Final = 100_000
+"""Of one layer; a base image of a whole distribution has some ten thousand."""
 MAX_INFLATED_BYTES: Final = 64 << 20
 """Of a file in a gzipped layer that is read over, because there is no other way past it."""
 
@@ -156,6 +160,8 @@ class _Picker:
 
     def _begin(self, member: Member) -> None:
         self.members.append(member)
+        if len(self.members) > MAX_MEMBERS:
+            raise RegistryError(f"{self.tar.origin} holds more than {MAX_MEMBERS} files")
         part = self._wanted(member) if member.kind == "file" else None
         self._current = (member, part) if part else None
         if part == "whole" and member.size_bytes > MAX_SMALL_BYTES:
@@ -173,9 +179,19 @@ class _Picker:
                 return
             member, part = self._current
             if part == "header" and len(self._content) == LENGTH_BYTES == self._limit:
-                self._limit = header_bytes(bytes(self._content), member.size_bytes)
+                self._limit = bounded_header_bytes(bytes(self._content), member.size_bytes, self.tar.origin)
             if not self.due_bytes:
                 self.files[member.name], self._current = bytes(self._content), None
+
+
+def bounded_header_bytes(head: bytes, size_bytes: int, origin: str) -> int:
+    """Return how many bytes of a safetensors file its header takes; raise RegistryError above 32 MiB."""
+    needed = header_bytes(head, size_bytes)
+    if needed > MAX_HEADER_BYTES:
+        raise RegistryError(
+            f"{origin} holds a safetensors header of {needed} bytes, {MAX_HEADER_BYTES >> 20} MiB at most"
+        )
+    return needed
 
 
 def _walk_plain(reader: BlobReader, layer: Descriptor, picker: _Picker, window_bytes: int) -> bool:

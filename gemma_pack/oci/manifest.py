@@ -126,6 +126,14 @@ class Descriptor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """A small blob held in memory: a config, a manifest or an index."""
+
+    descriptor: Descriptor
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """One image for one platform, or one artifact: a config and layers."""
 

@@ -83,7 +83,7 @@ def package(
         directory: a whole checkpoint with a tokenizer.
         target: appears whole or not at all.
         kind: `modelcar` for what mounts an image, `artifact` for what downloads files.
-        base: `embedded`, `none` or the path of an OCI layout; of a modelcar only.
+        base: `embedded`, `none`, the path of an OCI layout or a reference; of a modelcar only.
         platforms: empty for all that the base has; of a modelcar only.
         reporter: hears of progress.
 

@@ -22,14 +22,13 @@ from typing import TYPE_CHECKING, Final
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gemma_pack.checkpoint import Checkpoint
-from gemma_pack.disk import publish, refuse_existing, require_space, write_atomic
+from gemma_pack.disk import is_ours, publish, refuse_existing, require_space, write_atomic
 from gemma_pack.errors import CheckpointError, InvalidUsageError, RegistryError
 from gemma_pack.oci.extraction import LayerExtraction, is_raw, require_known
 from gemma_pack.oci.raw_files import RawExtraction, place_raw, raw_paths
-from gemma_pack.oci.retry import AnswerError
+from gemma_pack.oci.retry import PROGRESS_BYTES, AnswerError
 from gemma_pack.oci.source import DEFAULT_PLATFORM, Resolved, open_source, resolve
 from gemma_pack.oci.transfer import in_parallel
-from gemma_pack.oci.upload import PROGRESS_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -144,9 +143,12 @@ def pull(
 
 def _present(target: Path, digest: str) -> tuple[PulledFile, ...] | None:
     """Return the files of `target` if they came from the manifest `digest` and none was touched since."""
+    path = _origin_path(target)
     try:
-        origin = _Origin.model_validate_json(_origin_path(target).read_bytes())
+        origin = _Origin.model_validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError):
+        return None
+    if not is_ours(path):  # it would have us believe that somebody else's files are the image's
         return None
     same = origin.digest == digest and all(_is_untouched(target, file) for file in origin.files)
     return origin.files if same and target.is_dir() else None
@@ -169,6 +171,10 @@ def _staging(target: Path) -> Iterator[Path]:
     """Yield the private directory beside `target`, held against other pulls to the same place; it outlives errors."""
     staging = target.with_name(f".{target.name}.pull")
     staging.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not is_ours(staging):  # whole layers in it are taken on trust
+        raise InvalidUsageError(
+            f"{staging} is a link, or belongs to another user", hint="remove it, or choose another directory with -o"
+        )
     with (staging / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,11 +20,11 @@ from gemma_pack.checkpoint import Checkpoint
 from gemma_pack.errors import CheckpointError, InvalidUsageError, RegistryError
 from gemma_pack.oci.body import Blob
 from gemma_pack.oci.client import RegistryClient
-from gemma_pack.oci.image import Document, plan_image
+from gemma_pack.oci.image import plan_image
 from gemma_pack.oci.journal import PushJournal, fingerprint
 from gemma_pack.oci.layers import read_file
 from gemma_pack.oci.layout import Layout, hash_stream
-from gemma_pack.oci.manifest import INDEX_TYPES, MANIFEST_TYPES, Descriptor
+from gemma_pack.oci.manifest import INDEX_TYPES, MANIFEST_TYPES, Descriptor, Document
 from gemma_pack.oci.reference import Reference, parse_reference, repository_on
 from gemma_pack.oci.siblings import Siblings
 from gemma_pack.oci.source import is_layout

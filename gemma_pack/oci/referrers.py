@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Final
 
 from gemma_pack.errors import RegistryError
 from gemma_pack.oci.body import Blob
-from gemma_pack.oci.image import Document
 from gemma_pack.oci.manifest import (
     EMPTY_TYPE,
     INDEX_TYPE,
@@ -24,6 +23,7 @@ from gemma_pack.oci.manifest import (
     MANIFEST_TYPE,
     MAX_DOCUMENT_BYTES,
     Descriptor,
+    Document,
     Index,
     Manifest,
     describe,

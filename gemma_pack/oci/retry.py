@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 TRANSIENT: Final = frozenset({408, 429, 500, 502, 503, 504})
 """What a registry, or a proxy before it, may answer for a moment."""
+PROGRESS_BYTES: Final = 1 << 20
+"""A try that got a blob this much further does not use up patience."""
 
 
 class AnswerError(RegistryError):

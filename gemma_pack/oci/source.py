@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from gemma_pack.errors import InvalidUsageError, RegistryError
 from gemma_pack.oci.client import BlobStream, RegistryClient
-from gemma_pack.oci.image import Document
 from gemma_pack.oci.layers import read_file
 from gemma_pack.oci.layout import Layout
-from gemma_pack.oci.manifest import INDEX_TYPES, MANIFEST_TYPES, Descriptor, Index, Manifest, Platform
+from gemma_pack.oci.manifest import INDEX_TYPES, MANIFEST_TYPES, Descriptor, Document, Index, Manifest, Platform
 from gemma_pack.oci.reference import Reference, parse_reference
-from gemma_pack.oci.retry import Patience, Retry
+from gemma_pack.oci.retry import PROGRESS_BYTES, AnswerError, Patience, Retry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
+IMAGE_NAME: Final = "io.containerd.image.name"
+"""Annotation of an image in a layout's index.json: the reference that it was copied from, as containerd writes it."""
 DEFAULT_PLATFORM: Final = Platform("linux", "amd64")
 """The weights are the same for all."""
 
@@ -125,6 +126,36 @@ def open_source(
     reference = parse_reference(image) if isinstance(image, str) else image
     with RegistrySource(reference, plain_http=plain_http, ca_file=ca_file, retry=retry) as source:
         yield source
+
+
+def iter_blob(source: ImageSource, blob: Descriptor) -> Iterator[bytes]:
+    """Yield the bytes of a blob, going on where a connection broke; whether they are the right ones, the caller sees.
+
+    Raises:
+        RegistryError: there is no such blob, it is not of the size promised, or patience ended.
+    """
+    offset, attempt = 0, 1
+    while offset < blob.size_bytes:
+        before = offset
+        try:
+            with source.open_blob(blob.digest, offset) as stream:
+                skip = offset - stream.offset  # sent again by a registry that knows no ranges
+                for piece in stream.pieces:
+                    if source.patience.stop.is_set():
+                        raise AnswerError("stopped, because another part failed")
+                    fresh, skip = piece[skip:], max(0, skip - len(piece))
+                    offset += len(fresh)
+                    if offset > blob.size_bytes:
+                        raise RegistryError(f"{source.name}: {blob.digest} has more than its {blob.size_bytes} bytes")
+                    yield fresh
+            if offset < blob.size_bytes:
+                raise AnswerError(f"{blob.digest} ended after {offset} bytes")
+        except AnswerError as error:
+            if not error.transient:
+                raise
+            attempt = 1 if offset >= before + PROGRESS_BYTES else attempt
+            source.patience.pause(attempt, error)
+            attempt += 1
 
 
 def is_layout(path: Path) -> bool:

@@ -29,6 +29,8 @@ MAX_EXTENDED_BYTES: Final = 1 << 20
 """Of a long name or a pax header; real ones have a few hundred bytes."""
 MAX_COMPONENT_BYTES: Final = 255
 MAX_NAME_LENGTH: Final = 1024
+MAX_DEPTH: Final = 32
+"""Of directories: ten thousand files, each a thousand directories deep, would fill a disk with those."""
 
 _EXTENDED: Final = frozenset({
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE,
@@ -206,7 +208,11 @@ def place(name: str, origin: str) -> PurePosixPath | None:
         )
     if not in_models:
         return None
-    too_long = len(name) > MAX_NAME_LENGTH or any(len(os.fsencode(part)) > MAX_COMPONENT_BYTES for part in parts)
+    too_long = (
+        len(name) > MAX_NAME_LENGTH
+        or len(parts) > MAX_DEPTH
+        or any(len(os.fsencode(part)) > MAX_COMPONENT_BYTES for part in parts)
+    )
     if too_long or not name.isprintable():
         raise RegistryError(f"{origin} holds a file name that cannot be used: {_shown(name)}")
     return PurePosixPath(*parts[1:])

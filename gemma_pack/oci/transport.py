@@ -1,9 +1,9 @@
 """HTTP to one registry: who may see the login, what is tried again, and which sentence an error becomes.
 
 Plain HTTP only on this machine or when asked for. The Authorization header goes to the registry's own origin
-and nowhere else, whatever a Location says. What a registry or a proxy may do for a moment (408, 429, 5xx, a lost
-connection) is tried again after growing, jittered pauses, or the pause that Retry-After asks for; a host that never
-answered is not.
+and nowhere else, whatever a Location says, and no other origin may say where a login is turned into a token. What a
+registry or a proxy may do for a moment (408, 429, 5xx, a lost connection) is tried again after growing, jittered
+pauses, or the pause that Retry-After asks for; a host that never answered is not.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any, Final
 import httpx
 
 from gemma_pack import __version__
-from gemma_pack.errors import OfflineError, RegistryError
+from gemma_pack.errors import InvalidUsageError, OfflineError, RegistryError
 from gemma_pack.oci.auth import Authenticator, Scopes, login_error
 from gemma_pack.oci.credentials import find_credentials
 from gemma_pack.oci.manifest import MAX_DOCUMENT_BYTES
-from gemma_pack.oci.reference import is_loopback
 from gemma_pack.oci.retry import TRANSIENT, AnswerError, Patience, Retry
 from gemma_pack.oci.tls import tls_error, trust, unreachable
 
@@ -81,7 +80,7 @@ class Transport:
             timeouts: when silence counts as failure.
 
         Raises:
-            InvalidUsageError: `ca_file` holds no certificate.
+            InvalidUsageError: `ca_file` holds no certificate, or a proxy variable no proxy.
         """
         self.host = reference.host
         self.patience = Patience(retry)
@@ -89,12 +88,19 @@ class Transport:
         plain = plain_http or (reference.is_loopback and ca_file is None)
         self.base = httpx.URL(f"{'http' if plain else 'https'}://{reference.api_host}")
         direct: dict[str, httpx.BaseTransport | None] = {f"all://{self.base.netloc.decode()}": None}
-        self._http = httpx.Client(
-            verify=True if plain and ca_file is None else trust(ca_file),
-            headers={"User-Agent": f"gemma-pack/{__version__}", "Accept-Encoding": "identity"},
-            mounts=direct if reference.is_loopback else None,  # no proxy reaches this machine's own loopback
-            limits=httpx.Limits(max_connections=None),
-        )
+        verify = True if plain and ca_file is None else trust(ca_file)
+        try:
+            self._http = httpx.Client(
+                verify=verify,
+                headers={"User-Agent": f"gemma-pack/{__version__}", "Accept-Encoding": "identity"},
+                mounts=direct if reference.is_loopback else None,  # no proxy reaches this machine's own loopback
+                limits=httpx.Limits(max_connections=None),
+            )
+        except (ImportError, ValueError, httpx.InvalidURL) as error:  # its text may hold the proxy's password
+            raise InvalidUsageError(
+                "a proxy that the environment names cannot be used",
+                hint="HTTPS_PROXY, HTTP_PROXY or ALL_PROXY must be http://host:port; SOCKS is not supported",
+            ) from error
         self._auth = Authenticator(
             self.host,
             send=self._ask_realm,
@@ -171,7 +177,8 @@ class Transport:
             timeout=self._timeout(self.timeouts.commit_s),
         )
         answer = self._read(self._exchange(request))
-        if answer.status == 401 and self._auth.refused(answer.headers.get("www-authenticate", ""), scopes, shown):
+        challenge = answer.headers.get("www-authenticate", "")
+        if answer.status == 401 and self._is_own(url) and self._auth.refused(challenge, scopes, shown):
             raise AnswerError(f"{self.host} let the login expire in mid-upload", status=401)
         return self._checked(answer, expected)
 
@@ -252,7 +259,7 @@ class Transport:
             raise RegistryError(f"{self.host} sent a broken Location header") from error
         if not location or target.scheme not in {"http", "https"} or not target.host:
             raise RegistryError(f"{self.host} sent no usable Location header")
-        if url.scheme == "https" and target.scheme == "http" and not is_loopback(target.host):
+        if url.scheme == "https" and target.scheme == "http":
             raise RegistryError(
                 f"{self.host} leads from https to plain http at {target.host}",
                 hint="a proxy in front of it must pass on X-Forwarded-Proto: https",

@@ -23,7 +23,7 @@ from gemma_pack.oci.auth import login_error
 from gemma_pack.oci.body import STOPPED, Blob, CheckedBody
 from gemma_pack.oci.client import Upload
 from gemma_pack.oci.journal import PushJournal
-from gemma_pack.oci.retry import AnswerError
+from gemma_pack.oci.retry import PROGRESS_BYTES, AnswerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -34,8 +34,6 @@ Mode = Literal["stream", "monolithic", "chunked"]
 Outcome = Literal["uploaded", "existed", "mounted"]
 
 CHUNK_BYTES: Final = 64 << 20
-PROGRESS_BYTES: Final = 1 << 20
-"""A try that got the registry this much further does not use up patience."""
 
 _MONOLITHIC_HOSTS: Final = re.compile(
     r"ghcr\.io"  # 416 to chunks over 4 MiB

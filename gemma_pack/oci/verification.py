@@ -15,10 +15,8 @@ from pydantic import BaseModel, ConfigDict
 
 from gemma_pack.errors import RegistryError
 from gemma_pack.oci.manifest import INDEX_TYPES, MANIFEST_TYPES, Index, Manifest
-from gemma_pack.oci.retry import AnswerError
-from gemma_pack.oci.source import open_source
+from gemma_pack.oci.source import iter_blob, open_source
 from gemma_pack.oci.transfer import in_parallel
-from gemma_pack.oci.upload import PROGRESS_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,31 +120,14 @@ def _sized(source: ImageSource, advance: Callable[[float], None], blob: Descript
 
 
 def _hashed(source: ImageSource, advance: Callable[[float], None], blob: Descriptor) -> str | None:
-    """Read a blob to its end, from where it broke off, and compare its digest."""
+    """Read a blob to its end and compare its digest."""
     size = source.blob_size(blob.digest)
     if size != blob.size_bytes:
         return _problem(blob, size)
-    state, offset, attempt = hashlib.sha256(), 0, 1
-    while offset < blob.size_bytes:
-        before = offset
-        try:
-            with source.open_blob(blob.digest, offset) as stream:
-                skip = offset - stream.offset  # sent again by a registry that knows no ranges
-                for piece in stream.pieces:
-                    if source.patience.stop.is_set():
-                        raise AnswerError("stopped, because another part failed")
-                    fresh, skip = piece[skip:], max(0, skip - len(piece))
-                    state.update(fresh)
-                    offset += len(fresh)
-                    advance(len(fresh))
-            if offset < blob.size_bytes:
-                raise AnswerError(f"{blob.digest} ended after {offset} bytes")
-        except AnswerError as error:
-            if not error.transient:
-                raise
-            attempt = 1 if offset >= before + PROGRESS_BYTES else attempt
-            source.patience.pause(attempt, error)
-            attempt += 1
+    state = hashlib.sha256()
+    for piece in iter_blob(source, blob):
+        state.update(piece)
+        advance(len(piece))
     return None if state.hexdigest() == blob.hex else f"the bytes of {_named(blob)} have another digest"
 
 

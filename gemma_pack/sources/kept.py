@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemma_pack.disk import cache_directory
 from gemma_pack.errors import CheckpointError, InvalidUsageError
 from gemma_pack.record import read_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from gemma_pack.console import Reporter
     from gemma_pack.record import SourceRecord
+
+__all__ = ["Source", "cache_directory", "find_kept", "keep", "recorded_source"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +28,6 @@ class Source:
     record: SourceRecord
     fetched: bool
     """False where it was there already."""
-
-
-def cache_directory() -> Path:
-    """Return where fetched checkpoints are kept: $GEMMA_PACK_CACHE, else gemma-pack in the user's cache."""
-    if configured := os.environ.get("GEMMA_PACK_CACHE"):
-        return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma-pack"
 
 
 def recorded_source(directory: Path) -> SourceRecord | None:

@@ -197,7 +197,13 @@ def test_a_realm_that_answers_nonsense_is_an_error(body: Any):
         auth.header(SCOPES)
 
 
-@pytest.mark.parametrize("realm", ["http://auth.example/token", "ftp://auth.example/", "", "/token", "http://["])
+@pytest.mark.parametrize(
+    "realm",
+    [
+        "http://auth.example/token", "ftp://auth.example/", "", "/token", "http://[", "http://127.0.0.1:1/token",
+        "http://localhost/token",
+    ],
+)  # fmt: skip
 def test_the_login_goes_nowhere_unencrypted(realm: str):
     requests = Realm()
     auth = authenticator(requests)

@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from gemma_pack.console import Console
 from gemma_pack.errors import InvalidUsageError, RegistryError
 from gemma_pack.oci.base import DEFAULT_PLATFORMS, load_base
+from gemma_pack.oci.base_registry import names_registry
 from gemma_pack.oci.manifest import GZIP_LAYER_TYPE, LAYER_TYPE, Platform
+from gemma_pack.oci.push import push
+from tests.oci.faulty import Fault, cut_download
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from tests.oci.faulty import Faulty
+    from tests.oci.registry import Registry
 
 AMD64, ARM64 = Platform("linux", "amd64"), Platform("linux", "arm64")
 
@@ -112,3 +119,70 @@ def test_anything_else_is_refused_with_what_is_meant(spec: str) -> None:
     with pytest.raises(InvalidUsageError, match="no OCI layout") as caught:
         load_base(spec)
     assert "embedded" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("spec", "is_reference"),
+    [
+        ("registry.access.redhat.com/ubi9/ubi-micro:9.8", True),
+        ("localhost/base", True),
+        ("127.0.0.1:5000/base:1", True),
+        ("registry:5000/base", True),
+        ("[::1]:5000/base", True),
+        ("ubi9", False),
+        ("bases/ubi9.oci", False),
+        ("./ubi9.oci", False),
+        ("../bases/ubi9.oci", False),
+        ("/bases/ubi9.oci", False),
+        (".hidden/ubi9.oci", False),
+    ],
+)
+def test_a_registry_is_told_from_a_path(spec: str, is_reference: bool) -> None:
+    assert names_registry(spec) == is_reference
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GEMMA_PACK_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_base_in_a_real_registry_is_the_one_in_a_layout_and_named(
+    registry: Registry, write_base: Callable[..., Path], cache: Path
+) -> None:
+    layout = write_base(platforms=("linux/amd64", "linux/arm64"))
+    reference = f"{registry.host}/bases/micro:1"
+    push(layout, reference, reporter=Console("quiet"))
+    there, here = load_base(reference), load_base(str(layout))
+    assert [(one.platform, one.digest, one.diff_ids, one.runtime) for one in there] == [
+        (one.platform, one.digest, one.diff_ids, one.runtime) for one in here
+    ]
+    assert [b"".join(blob.iter_chunks()) for blob in there[0].layers] == [
+        b"".join(blob.iter_chunks()) for blob in here[0].layers
+    ]
+    assert {one.name for one in there} == {reference}
+    (only,) = load_base(reference, [ARM64])
+    assert only.digest == here[1].digest
+    (kept, one_platform) = sorted((cache / "bases").iterdir(), key=lambda path: len(path.name))
+    assert one_platform.name.endswith("-linux-arm64.oci")
+    registry.stop()
+    assert load_base(f"{registry.host}/bases/micro@sha256:{kept.name.removesuffix('.oci')}") == there
+
+
+def test_a_base_whose_line_breaks_is_gone_on_with_and_a_damaged_one_is_not_kept(
+    faulty: Faulty, write_base: Callable[..., Path], cache: Path
+) -> None:
+    reference = f"{faulty.host}/bases/micro:1"
+    push(write_base(), reference, reporter=Console("quiet"))
+    faulty.faults = [Fault("GET", "blobs/sha256", cut_download(100), times=2)]
+    (whole,) = load_base(reference)
+    for path in (cache / "bases").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    for path in sorted((cache / "bases").rglob("*"), reverse=True):
+        path.rmdir()
+    (key,) = [(name, blob.descriptor.digest) for blob in whole.layers for name in ["bases/micro"]]
+    faulty.blobs[key] = bytes(reversed(faulty.blobs[key][:-1])) + b"x"
+    with pytest.raises(RegistryError, match="another digest"):
+        load_base(reference)
+    assert not any((cache / "bases").iterdir())

@@ -133,6 +133,14 @@ def test_the_smallest_chunk_is_heard(client: RegistryClient, faulty: Faulty):
     assert client.start_upload().min_chunk_bytes == 5242880
 
 
+@pytest.mark.parametrize("number", ["²", "9" * 5000, "-1", "x"])
+def test_numbers_that_are_none_are_passed_over(client: RegistryClient, faulty: Faulty, number: str):
+    headers = {"Location": "/x", "OCI-Chunk-Min-Length": number, "Range": f"0-{number}"}
+    faulty.faults = [Fault("POST", "", say(202, headers))]
+    session = client.start_upload()
+    assert (session.min_chunk_bytes, session.offset) == (0, None)
+
+
 def test_another_digest_echoed_is_an_error(client: RegistryClient, faulty: Faulty):
     faulty.faults = [
         Fault("PUT", "uploads", say(201, {"Docker-Content-Digest": OTHER})),

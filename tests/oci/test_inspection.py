@@ -330,3 +330,14 @@ def test_what_is_not_there_or_damaged_is_an_error(faulty: Faulty, tmp_path: Path
     faulty.blobs["a/b", config.digest] = faulty.blobs["a/b", config.digest].replace(b"amd64", b"arm64")
     with pytest.raises(RegistryError, match=r"configuration sha256:.* is damaged"):
         inspect(f"{faulty.host}/a/b:1")
+
+
+def test_a_header_or_a_layer_without_end_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    built = image(model()).write(tmp_path / "image")
+    monkeypatch.setattr(layer_reader, "MAX_HEADER_BYTES", 64)
+    with pytest.raises(RegistryError, match="safetensors header of"):
+        inspect(built)
+    monkeypatch.setattr(layer_reader, "MAX_HEADER_BYTES", 1 << 20)
+    monkeypatch.setattr(layer_reader, "MAX_MEMBERS", 1)
+    with pytest.raises(RegistryError, match="more than 1 files"):
+        inspect(built)

@@ -40,6 +40,17 @@ def test_it_outlives_the_process_and_is_private(source: Path):
         assert journal.session("key") is None
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_what_another_user_put_there_is_not_believed(source: Path):
+    journal_path(source).write_text(f'["digest","files","{DIGEST}"]\n["session","{REPOSITORY}","key","http://evil/"]\n')
+    os.chown(journal_path(source), 4242, 4242)
+    with PushJournal.beside(source, REPOSITORY) as journal:
+        assert journal.digest("files") is None
+        assert journal.session("key") is None
+        journal.keep_digest("files", DIGEST)
+    assert journal_path(source).read_text().count("digest") == 1
+
+
 def test_a_session_belongs_to_its_repository(source: Path):
     with PushJournal.beside(source, REPOSITORY) as journal:
         journal.keep_session("key", "http://127.0.0.1/a")

@@ -537,3 +537,27 @@ def test_an_interrupt_stops_at_once_and_keeps_what_came(pushed: str, target: Pat
     assert time.monotonic() - begin_s < 10
     assert not target.exists()
     assert leftovers(target) == [".gemma.pull"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+@pytest.mark.parametrize("how", ["theirs", "link"])
+def test_layers_that_another_user_left_beside_the_target_are_not_believed(pushed: str, target: Path, how: str):
+    staging = target.with_name(f".{target.name}.pull")
+    if how == "theirs":
+        staging.mkdir(mode=0o777)
+        os.chown(staging, 4242, 4242)
+    else:
+        (target.parent / "elsewhere").mkdir()
+        staging.symlink_to(target.parent / "elsewhere")
+    with pytest.raises(InvalidUsageError, match="another user"):
+        pull(pushed, target, reporter=QUIET)
+    assert not target.exists()
+    assert not list(staging.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_another_users_word_that_the_image_is_there_does_not_count(pushed: str, target: Path):
+    pull(pushed, target, reporter=QUIET)
+    os.chown(target.with_name(f".{target.name}.pulled.json"), 4242, 4242)
+    with pytest.raises(InvalidUsageError, match="in the way"):
+        pull(pushed, target, reporter=QUIET)

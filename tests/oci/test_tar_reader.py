@@ -253,6 +253,7 @@ def test_what_lies_elsewhere_has_none(name: str):
         "models/" + "x" * 256,
         "models/" + "é" * 128,
         "models/" + "x/" * 600 + "y",
+        "models/" + "x/" * 32 + "y",
     ],
 )
 def test_names_that_lead_elsewhere_or_delete_are_refused(name: str):

@@ -217,6 +217,8 @@ def test_https_does_not_lead_to_plain_http():
     with pytest.raises(RegistryError, match="from https to plain http") as caught:
         transport.resolve(url, "http://quay.io/v2/a")
     assert "X-Forwarded-Proto" in (caught.value.hint or "")
+    with pytest.raises(RegistryError, match="from https to plain http"):
+        transport.resolve(url, "http://127.0.0.1:9200/")  # what listens on this machine is none of its business
     assert str(transport.resolve(url, "https://cdn.quay.io/x?sig=a%2Fb")) == "https://cdn.quay.io/x?sig=a%2Fb"
     transport.close()
 
@@ -250,6 +252,14 @@ def test_a_proxy_is_used_elsewhere(faulty: Faulty, monkeypatch: pytest.MonkeyPat
     faulty.faults = [Fault("GET", "http://registry.invalid/v2/", say(200))]
     get(transport)
     transport.close()
+
+
+@pytest.mark.parametrize("proxy", ["socks5://u:hunter2@proxy:1080", "what://u:hunter2@proxy"])
+def test_a_proxy_that_is_none_is_a_usage_error_without_its_password(monkeypatch: pytest.MonkeyPatch, proxy: str):
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    with pytest.raises(InvalidUsageError, match="proxy") as caught:
+        Transport(parse_reference("quay.io/a/b"))
+    assert "hunter2" not in f"{caught.value.message} {caught.value.hint}"
 
 
 def test_nothing_secret_is_logged(

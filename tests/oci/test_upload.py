@@ -15,7 +15,7 @@ from gemma_pack.oci.manifest import sha256_digest
 from gemma_pack.oci.reference import parse_reference
 from gemma_pack.oci.retry import AnswerError
 from gemma_pack.oci.upload import Uploader
-from tests.oci.faulty import Fault, Faulty, Handler, cut_upload, quick, say
+from tests.oci.faulty import Fault, Faulty, Handler, cut_upload, faulty_registry, quick, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -402,6 +402,22 @@ def test_a_short_lived_token_is_renewed_before_the_closing_put(
     assert uploader.bring(blob()) == "uploaded"
     shown = {seen.method: seen.headers.get("Authorization") for seen in faulty.seen if "uploads" in seen.path}
     assert shown["PUT"] != shown["PATCH"]
+
+
+def test_another_host_that_is_to_take_the_bytes_gets_no_login_and_names_no_realm(
+    faulty: Faulty, uploader: Uploader, store_login: Callable[[str], None]
+):
+    faulty.login = ("hilbert", "open sesame")
+    store_login(faulty.host)
+    with faulty_registry() as other:
+        session = f"http://{other.host}/v2/a/b/blobs/uploads/x"
+        challenge = {"WWW-Authenticate": f'Bearer realm="http://{other.host}/token"'}
+        faulty.faults = [Fault("POST", "uploads", say(202, {"Location": session}), times=9)]
+        other.faults = [Fault("PATCH", "uploads", say(401, challenge), times=9)]
+        with pytest.raises(AccessError):
+            uploader.bring(blob())
+        assert [(seen.method, seen.path) for seen in other.seen] == [("PATCH", "/v2/a/b/blobs/uploads/x")]
+        assert "Authorization" not in other.seen[0].headers
 
 
 def test_a_login_that_never_holds_for_a_whole_blob_is_an_access_error(
