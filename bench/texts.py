@@ -4,7 +4,8 @@
 
 downloads the packages named below (`apt-get download`, nothing is installed), takes the prose out of their HTML and
 text files and writes one .txt file a text: `calibrate-*.txt` for quantization, `choose-*.txt` to choose settings by,
-`report-*.txt` for the figures that are reported. No package serves two purposes.
+`report-*.txt` for the figures that are reported. No package serves two purposes. `mixed.txt` takes the calibration
+texts in turn.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 MAX_CHARACTERS = 3_000_000
+MIXED_CHARACTERS, MIXED_AT_A_TIME = 300_000, 8_000
+"""Characters of each calibration text in the mixed one, and how many come from one text in turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +102,26 @@ def write_text(text: Text, target: Path) -> str:
     return f"{path.name}  {len(prose)} characters  sha256 {hashlib.sha256(prose.encode()).hexdigest()[:16]}  {version}"
 
 
+def write_mixed(directory: Path) -> Path:
+    """Write mixed.txt, which takes pieces of each calibration text in turn, and return it."""
+    texts = [path.read_text("utf-8")[:MIXED_CHARACTERS] for path in sorted(directory.glob("calibrate-*.txt"))]
+    turns = range(0, MIXED_CHARACTERS, MIXED_AT_A_TIME)
+    path = directory / "mixed.txt"
+    path.write_text(
+        "\n\n".join(filter(None, (text[n : n + MIXED_AT_A_TIME] for n in turns for text in texts))), "utf-8"
+    )
+    return path
+
+
 def main() -> None:
-    """Write all texts, and the calibration texts once more joined piece by piece as calibrate-mixed.txt."""
+    """Write all texts, and the calibration texts once more mixed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     directory = parser.parse_args().directory
     directory.mkdir(parents=True, exist_ok=True)
     for text in TEXTS:
         print(write_text(text, directory), flush=True)
+    print(write_mixed(directory).name)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+
+from gemma_pack.errors import QuantizationError
+from gemma_pack.quantization.gptq import gptq
+from gemma_pack.quantization.rounding import round_group
+from gemma_pack.quantization.scales import choose_scale
+from gemma_pack.quantization.scheme import quantization_scheme
+from tests.quantization.test_rounding import correlated_inputs, of_scheme, random_weight, statistics_of
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8", "NVFP4"])
+def test_the_codes_are_those_of_llm_compressors_kernel(scheme: str) -> None:
+    recipe = of_scheme(scheme, "gptq")
+    arguments = quantization_scheme(recipe).weights
+    weight, statistics = random_weight(64, 256), statistics_of(correlated_inputs(2000, 256))
+    scale, global_scale = choose_scale(weight.float(), arguments, recipe.observer)
+    theirs = quantize_weight(
+        weights=weight.float()[None].clone(),
+        hessians=statistics.hessian()[None],
+        scale=scale.float()[None],  # else its dequantized weights are rounded to the scales' bfloat16
+        zero_point=torch.zeros_like(scale, dtype=arguments.zp_dtype)[None],
+        global_scale=None if global_scale is None else global_scale.reshape(1),
+        quant_args=arguments,
+        blocksize=recipe.gptq.block_size,
+        percdamp=recipe.gptq.dampening,
+    )[0][0]
+    ours = round_group([weight], arguments, statistics, recipe)[0].weight
+    assert float(torch.isclose(ours, theirs).double().mean()) > 0.999
+
+
+def test_an_input_that_is_always_zero_leaves_its_weights_rounded_to_nearest() -> None:
+    inputs = correlated_inputs(500, 64)
+    inputs[:, 7] = 0
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    rounded = gptq(
+        weight, torch.full_like(weight, 0.25), statistics_of(inputs).hessian(), torch.round, dampening=0.01, block=32
+    )
+    assert torch.equal(rounded[:, 7], (weight[:, 7] / 0.25).round() * 0.25)
+
+
+def test_a_hessian_that_is_none_is_refused() -> None:
+    with pytest.raises(QuantizationError, match="positive definite"):
+        gptq(torch.ones(2, 4), torch.ones(2, 4), -torch.eye(4), torch.round, dampening=0.01, block=32)
