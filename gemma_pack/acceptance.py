@@ -14,26 +14,58 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemma_pack.disk import write_atomic
-from gemma_pack.errors import CheckpointError, InvalidUsageError
+from gemma_pack.errors import AccessError, CheckpointError, InvalidUsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from gemma_pack.console import Reporter
     from gemma_pack.oci.describe import ImageDescription
+    from gemma_pack.oci.evidence import AttachedDocument
     from gemma_pack.oci.reference import Reference
+    from gemma_pack.oci.signing import PublicKey, SigningKey
+    from gemma_pack.report import Report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AcceptedImage:
-    """An image whose every byte was checked, as a variant's directory that its user may change."""
+class Access:
+    """How the registry is reached, whom to trust, and whether to write to it."""
 
-    directory: Path
-    reference: Reference | None
-    """By digest; None for a layout."""
+    key: SigningKey | None = None
+    """Signs the report that is attached."""
+    trusted: PublicKey | None = None
+    """The image must be signed with it; None asks for no signature."""
+    attach: bool = True
+    plain_http: bool = False
+    ca_file: Path | None = None
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """What everything that asks the registry takes."""
+        return {"plain_http": self.plain_http, "ca_file": self.ca_file}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidatedImage:
+    """The verdict on an image, who signed the image, and what was attached to it."""
+
+    name: str
+    """Of the variant."""
+    image: str
+    """By digest."""
+    report: Report
+    signers: tuple[str, ...]
+    attached: AttachedDocument | None
+
+    def lines(self) -> list[str]:
+        """Return what to tell a person besides the report."""
+        lines = [f"{self.image}, signed by {', '.join(self.signers) or 'nobody'}"]
+        if self.attached:
+            lines.append(f"attached: the report, {self.attached.digest}; signed by {self.attached.signer or 'nobody'}")
+        return lines
 
 
 def is_reference(text: str) -> bool:
@@ -47,41 +79,100 @@ def is_reference(text: str) -> bool:
     )
 
 
-@contextmanager
-def accepted_image(
-    image: str, *, plain_http: bool = False, ca_file: Path | None = None, reporter: Reporter
-) -> Iterator[AcceptedImage]:
-    """Yield the checked variant in the image that a reference or the path of a layout names.
+def is_image(text: str) -> bool:
+    """Tell the name of an image or the path of a layout from the directory of a variant."""
+    from gemma_pack.oci.source import is_layout
+
+    return is_reference(text) or is_layout(Path(text))
+
+
+def validate_image(image: str, target: Path, access: Access, *, reporter: Reporter, **settings: Any) -> ValidatedImage:  # noqa: ANN401 - those of validate_variant
+    """Pull an image by its digest, validate the variant in it, and attach the report to that digest.
+
+    Args:
+        image: a reference, or the path of a layout, to which nothing can be attached.
+        target: the directory of the report.
+        access: to the registry.
+        reporter: told of progress.
+        settings: what `validate_variant` takes besides.
 
     Raises:
-        InvalidUsageError: `image` is neither.
-        RegistryError: there is no such image, or it is damaged.
+        RegistryError: there is no such image, it is damaged, or not signed with the key that is trusted.
         CheckpointError: it holds no checkpoint, or nobody recorded how it was made.
         MachineError: the disk has no room.
         AccessError, OfflineError: the registry wants a login, or cannot be reached.
+        Whatever `validate_variant` raises.
     """
+    from gemma_pack.build import validate_variant
     from gemma_pack.oci.describe import describe
-    from gemma_pack.oci.pull import pull
+    from gemma_pack.oci.evidence import attach_report
     from gemma_pack.oci.reference import parse_reference
-    from gemma_pack.sources import cache_directory
 
-    found = describe(image, plain_http=plain_http, ca_file=ca_file)
+    found = describe(image if is_reference(image) else Path(image), **access.network)
     if found.record is None:
         raise CheckpointError(
             f"{found.name} has no record of how it was made, so there is no gate to judge it by",
             hint="images that gemma-pack packaged have one",
         )
+    signers = _signers(found, access)
     reference = parse_reference(found.pinned) if found.pinned else None
+    if reference and access.attach:
+        _require_writable(reference, access)
+    with _checked_copy(found, image, access, reporter) as directory:
+        report = validate_variant(directory, target, reporter=reporter, **settings)
+        name = directory.name
+    attached = (
+        attach_report(reference, report, key=access.key, **access.network) if reference and access.attach else None
+    )
+    return ValidatedImage(
+        name=name, image=found.pinned or f"{image}@{found.digest}", report=report, signers=signers, attached=attached
+    )
+
+
+def _signers(found: ImageDescription, access: Access) -> tuple[str, ...]:
+    """Return who signed the image; raise RegistryError unless the one who must have signed it is among them."""
+    from gemma_pack.oci.examination import examine, require_signature
+
+    if found.pinned is None:
+        if access.trusted:
+            raise InvalidUsageError(
+                "signatures are attached to images in a registry, and a layout has none", hint="leave out --verify-key"
+            )
+        return ()
+    evidence = examine(found, key=access.trusted, **access.network)
+    if access.trusted:
+        require_signature(evidence, found.pinned)
+    signatures = [one for one in evidence if one.kind == "signature" and one.signed in {"verified", "unverified"}]
+    return tuple(f"{one.signer}{'' if one.signed == 'verified' else ' (not checked)'}" for one in signatures)
+
+
+def _require_writable(reference: Reference, access: Access) -> None:
+    from gemma_pack.oci.evidence import require_writable
+
+    try:
+        require_writable(reference, **access.network)
+    except AccessError as error:
+        raise AccessError(error.message, hint=f"--no-attach leaves the image as it is; or {error.hint}") from error
+
+
+@contextmanager
+def _checked_copy(found: ImageDescription, image: str, access: Access, reporter: Reporter) -> Iterator[Path]:
+    """Yield the variant's directory, every byte of it checked; what is done to it is gone afterwards."""
+    from gemma_pack.oci.pull import pull
+    from gemma_pack.oci.reference import parse_reference
+    from gemma_pack.sources import cache_directory
+
+    source = parse_reference(found.pinned) if found.pinned else Path(image)
     place = cache_directory() / "images" / found.digest.removeprefix("sha256:")
     copy = place / "checkpoint"
     if not _is_unchanged(place, reporter):
         shutil.rmtree(copy, ignore_errors=True)
-        pull(reference or Path(image), copy, plain_http=plain_http, ca_file=ca_file, reporter=reporter)
+        pull(source, copy, **access.network, reporter=reporter)
         _note_files(place, reporter)
     with tempfile.TemporaryDirectory(prefix="work-", dir=place) as work:
         directory = Path(work) / _name(found)
         shutil.copytree(copy, directory, copy_function=os.link)
-        yield AcceptedImage(directory=directory, reference=reference)
+        yield directory
 
 
 def default_report_directory(image: str) -> Path:

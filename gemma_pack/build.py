@@ -231,6 +231,9 @@ def validate_variant(
     device: str = "auto",
     engine: EngineChoice | None = None,
     tasks: TaskNames | None = None,
+    margins: Mapping[str, float] | None = None,
+    extend: bool = False,
+    gptq_protocol: bool = False,
     offline: bool = False,
     reporter: Reporter,
 ) -> Report:
@@ -247,6 +250,9 @@ def validate_variant(
         device: `auto`, `cpu` or `cuda`.
         engine: the servers that compute; None computes in this process.
         tasks: the benchmark tasks to run besides; None for none.
+        margins: what the gate allows instead of what the recipe says, by measure.
+        extend: an undecided run takes more windows, once.
+        gptq_protocol: also measure perplexity as papers do on WikiText-2.
         offline: use no network.
         reporter: told of progress.
 
@@ -261,7 +267,7 @@ def validate_variant(
     from gemma_pack.reports.card import variant_name, write_card
     from gemma_pack.reports.writing import write_reports
     from gemma_pack.sources import obtain
-    from gemma_pack.texts import load_windows
+    from gemma_pack.texts import load_gptq_windows, load_windows
 
     Checkpoint.open(directory)
     record = require_record(directory)
@@ -271,17 +277,20 @@ def validate_variant(
         resolve_device(device)  # before gigabytes are fetched for nothing
     source = obtain(model, revision=revision, output=None, offline=offline, reporter=reporter)
     profile = PROFILES[profile_name]
-    windows = load_windows(
-        text,
-        "evaluation",
-        source.directory,
-        samples=profile.windows,
-        sequence_length=profile.sequence_length,
-        seed=seed,
-        split="test",
-        offline=offline,
-        reporter=reporter,
-    )
+
+    def cut(samples: int) -> Windows:
+        return load_windows(
+            text,
+            "evaluation",
+            source.directory,
+            samples=samples,
+            sequence_length=profile.sequence_length,
+            seed=seed,
+            split="test",
+            offline=offline,
+            reporter=reporter,
+        )
+
     partial = report_directory.with_name(f"{report_directory.name}.partial")
     comparison = Comparison(
         variant=directory,
@@ -289,10 +298,14 @@ def validate_variant(
         base=source.directory,
         base_source=source.record,
         recipe=recipe,
-        windows=windows,
+        margins=margins or {},
+        windows=cut(profile.windows),
         profile=profile,
         device=resolve_device(device),
         seed=seed,
+        kept=partial,
+        extend=cut if extend else None,
+        gptq_windows=load_gptq_windows(source.directory, offline=offline) if gptq_protocol else None,
         servers=engine.servers(partial) if engine else None,
         tasks=tasks.choice(partial, offline=offline) if tasks else None,
     )

@@ -42,12 +42,14 @@ class Family:
     attention: str
     """The kernel for transformers. Gemma 2 soft-caps attention logits, which its SDPA path does not do
     (transformers refuses it), so both sides of any comparison run eager."""
+    other_attention: str | None = None
+    """Another kernel that computes the same, where there is one: what it changes is arithmetic's noise."""
 
 
 _FAMILIES: Final = {
     "gemma2": Family("Gemma 2", "eager"),
-    "gemma3_text": Family("Gemma 3", "sdpa"),
-    "gemma3": Family("Gemma 3 with vision", "sdpa"),
+    "gemma3_text": Family("Gemma 3", "sdpa", "eager"),
+    "gemma3": Family("Gemma 3 with vision", "sdpa", "eager"),
 }
 _KNOWN_UNSUPPORTED: Final = {
     "gemma": "Gemma 1",
@@ -158,6 +160,11 @@ def decoder_number(config: Mapping[str, Any], name: str) -> int:
 def attention_implementation(config: Mapping[str, Any]) -> str:
     """Return the attention kernel that transformers must use for this model."""
     return _FAMILIES[str(config["model_type"])].attention
+
+
+def other_attention(config: Mapping[str, Any]) -> str | None:
+    """Return another kernel that computes the same attention, or None."""
+    return _FAMILIES[str(config["model_type"])].other_attention
 
 
 def decoder_prefix(names: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 Evaluation fills it and reports render it, so it lives below both. It holds nothing that differs between two
 identical runs (no dates or durations): the record in the variant names it by its sha256. Logarithms are natural.
+`reports/report.schema.json` is its JSON Schema. A report of an older version is read, and written again byte for byte.
 The formulas are llama.cpp's (`tools/perplexity`) unless said otherwise, with base first:
 nll = -ln p(x_t | x_<t), d = nll_variant - nll_base, KL = Σ_v p_base(v) (ln p_base(v) - ln p_variant(v)).
 """
@@ -9,11 +10,12 @@ nll = -ln p(x_t | x_<t), d = nll_variant - nll_base, KL = Σ_v p_base(v) (ln p_b
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gemma_pack import __version__
+from gemma_pack.audit_results import WeightAudit  # noqa: TC001 - pydantic needs it at run time
 from gemma_pack.errors import GemmaPackError
 from gemma_pack.record import FileDigest, Metric, TextRecord, ValidationRecord
 from gemma_pack.task_results import TaskReport  # noqa: TC001 - pydantic needs it at run time
@@ -52,6 +54,19 @@ class Base(_Part):
     size_bytes: int
 
 
+class Spilled(_Part):
+    """What was kept on disk of the base, when it had to make room for the variant: its last hidden states, in bf16.
+
+    With the base's output head, which stays, they give its log-probabilities again. The error is what was measured
+    between those and the base's own, on the first windows.
+    """
+
+    size_bytes: int
+    kl_nats: float
+    nll_nats: float
+    """The largest difference of a token's -ln p."""
+
+
 class Engine(_Part):
     """What computed the probabilities."""
 
@@ -62,6 +77,8 @@ class Engine(_Part):
     dtype: str = "bfloat16"
     base: str | None = None
     """What computed those of the base, where it was another engine."""
+    spilled: Spilled | None = None
+    """None where both models were in memory together."""
 
 
 class BosCheck(_Part):
@@ -81,6 +98,8 @@ class Protocol(_Part):
     """Scored tokens; <bos> is not scored."""
     text_bytes: int
     bos_check: BosCheck
+    first_look_windows: int | None = None
+    """How many windows had left it undecided, before more were taken; None where these were the first."""
 
 
 class Method(_Part):
@@ -88,7 +107,7 @@ class Method(_Part):
 
     name: Literal["paired block bootstrap over windows, BCa"] = "paired block bootstrap over windows, BCa"
     confidence: float
-    """One-sided."""
+    """One-sided. Where a second look was allowed, each has half of the 5 % (Bonferroni)."""
     draws: int
     seed: int
 
@@ -110,6 +129,15 @@ class Estimate(_Part):
         return (self.standard_error / self.iid_standard_error) ** 2 if self.iid_standard_error else None
 
 
+class KernelNoise(_Part):
+    """The base against itself with another attention kernel."""
+
+    attention: str
+    kl_nats: float
+    same_top1: float
+    ln_ratio: float
+
+
 class NoiseFloor(_Part):
     """The base against itself in batches of another size: what bf16 arithmetic alone costs on this machine.
 
@@ -122,6 +150,8 @@ class NoiseFloor(_Part):
     kl_nats: float
     same_top1: float
     ln_ratio: float
+    kernel: KernelNoise | None = None
+    """None where the family has one attention kernel."""
 
 
 class Likelihood(_Part):
@@ -136,6 +166,26 @@ class Likelihood(_Part):
     """Mean d = ln(PPL_variant / PPL_base)."""
     bits_per_byte_base: float
     bits_per_byte_variant: float
+
+
+class OtherProtocol(_Part):
+    """Perplexity by a protocol that others publish figures of; it is not judged."""
+
+    name: Literal["wikitext2-gptq"]
+    text: TextRecord
+    tokens: int
+    ppl_base: float
+    ppl_variant: float
+    ln_ratio: Estimate
+
+
+class GateUsed(_Part):
+    """The margins that judged, and where they come from."""
+
+    recipe: str
+    margins: dict[str, float]
+    overridden: tuple[str, ...] = ()
+    """Those that --gate gave instead of the recipe."""
 
 
 class PositionBin(_Part):
@@ -205,46 +255,6 @@ class Divergence(_Part):
     worst: tuple[TokenSpot, ...]
 
 
-class AuditBounds(_Part):
-    """What sound rounding leaves of a layer: outside of these it was damaged."""
-
-    slope_min: float
-    slope_max: float
-    slope_deviation: float
-    """How far a layer's slope may be from what is expected of it."""
-    snr_db: float
-    worst_group_snr_db: float
-
-
-class ModuleAudit(_Part):
-    """One quantized layer (Ŵ) beside its source (W)."""
-
-    name: str
-    slope: float
-    """⟨W, Ŵ⟩ / ⟨W, W⟩."""
-    expected_slope: float
-    """1 - c ‖W - Ŵ‖² / ‖W‖²: noise takes a little of the slope, in all layers the same share c of it."""
-    snr_db: float
-    """10 log10(‖W‖² / ‖W - Ŵ‖²)."""
-    worst_group_snr_db: float
-    """The same of the group of weights with the largest error for its size, and where in the matrix it begins."""
-    worst_row: int
-    worst_column: int
-    problem: str | None = None
-
-
-class WeightAudit(_Part):
-    """Every tensor beside its source, without a forward pass."""
-
-    scheme: str
-    bounds: AuditBounds
-    shrinkage: float
-    """c: the median over all layers of (1 - slope) ‖W‖² / ‖W - Ŵ‖²."""
-    modules: tuple[ModuleAudit, ...]
-    altered: tuple[str, ...] = ()
-    """Tensors that no recipe named and that differ from the source."""
-
-
 class WindowSums(_Part):
     """Sums over the scored tokens of one window; all estimates can be computed again from these."""
 
@@ -295,7 +305,8 @@ class Parity(_Part):
 class Report(_Part):
     """All of report.json."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
+    """2 added gate, other_protocols, the kernel of noise_floor, spilled and first_look_windows, all None in a 1."""
     gemma_pack_version: str = __version__
     verdict: Verdict
     windows_needed: int | None = None
@@ -305,11 +316,13 @@ class Report(_Part):
     engine: Engine
     protocol: Protocol
     method: Method
+    gate: GateUsed | None = None
     metrics: tuple[Metric, ...]
     noise_floor: NoiseFloor
     likelihood: Likelihood
     divergence: Divergence
     parity: Parity
+    other_protocols: tuple[OtherProtocol, ...] | None = None
     audit: WeightAudit | None = None
     """None for a variant whose layers are not quantized, and in reports from before there was an audit."""
     tasks: TaskReport | None = None
@@ -336,30 +349,10 @@ class Report(_Part):
         )
 
 
-class Change(_Part):
-    """One measure of two runs on the same windows, paired: `difference` is new minus old, with one-sided bounds."""
-
-    name: str
-    old: float
-    new: float
-    difference: float
-    lower: float
-    upper: float
-    noise: float
-    """What bf16 arithmetic alone moved this measure by in these runs; a smaller change is none."""
-    outcome: Literal["regressed", "improved", "no change shown"]
-    unit: str = ""
-
-
-class Changes(_Part):
-    """What `gemma-pack report OLD NEW` found."""
-
-    schema_version: Literal[1] = 1
-    old_sha256: str
-    new_sha256: str
-    windows: int
-    regressed: bool
-    changes: tuple[Change, ...]
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of report.json as it is written now."""
+    schema = Report.model_json_schema(mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def read_report(path: Path) -> Report:

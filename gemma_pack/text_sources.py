@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from gemma_pack import wikitext2
 from gemma_pack.errors import AccessError, OfflineError, TextError
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def builtin_halves() -> tuple[list[str], list[str]]:
 
 def require_text(spec: str) -> None:
     """Raise TextError if `spec` names no text, before anything is fetched in vain; what it holds is read later."""
-    if spec == BUILTIN:
+    if spec in (BUILTIN, wikitext2.NAME):
         return
     if (path := _file_of(spec)) is None:
         _hub_name(spec)
@@ -100,7 +101,8 @@ def _hub_name(spec: str) -> re.Match[str]:
     if match is None:
         raise TextError(
             f"there is no text named {spec}",
-            hint="a text is builtin, a .txt or .jsonl file, or a hub dataset as owner/name[:config][@revision]",
+            hint="a text is builtin, wikitext2, a .txt or .jsonl file, or a hub dataset as "
+            "owner/name[:config][@revision]",
         )
     return match
 
@@ -109,6 +111,8 @@ def open_text(spec: str, purpose: Purpose, *, split: str, offline: bool, reporte
     """Return the text that `spec` names; see `load_windows` for the arguments and errors."""
     if spec == BUILTIN:
         return Prose(BUILTIN, builtin_halves()[0 if purpose == "calibration" else 1])
+    if spec == wikitext2.NAME:
+        return Prose(wikitext2.ORIGIN, wikitext2.read_wikitext2(offline=offline))
     if (path := _file_of(spec)) is not None:
         return _open_file(path)
     match = _hub_name(spec)

@@ -1,7 +1,7 @@
 """Calibration and evaluation text, cut into windows of token ids that each start with exactly one <bos>.
 
-A text is `builtin` (the prose of the running Python's documentation topics), a .txt or .jsonl file, or a hub
-dataset. Prose is joined by blank lines, tokenised once without special tokens, cut into disjoint windows of
+A text is `builtin` (the prose of the running Python's documentation topics), `wikitext2`, a .txt or .jsonl file, or a
+hub dataset. Prose is joined by blank lines, tokenised once without special tokens, cut into disjoint windows of
 `sequence_length - 1` tokens, and <bos> is put before each: Gemma's likelihood is meaningless without it. Chats
 are rendered by the model's own template, which already writes <bos>, and packed one after the other.
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from gemma_pack import wikitext2
 from gemma_pack.errors import TextError
 from gemma_pack.record import TextRecord
 from gemma_pack.text_sources import Chats, Prose, open_text
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 PROSE_CHARACTERS: Final = 16 << 20
 """Prose is read up to here, or to 16 characters for each token asked for if that is more, so that windows can be
 drawn from all over a corpus of ordinary size, and one of any size stays within memory."""
+
+GPTQ_TOKENS: Final = 2048
+"""Of a window of `load_gptq_windows`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +98,34 @@ def load_windows(
         spec=text.origin, sha256=digest, windows=len(windows), sequence_length=sequence_length, seed=seed
     )
     return Windows(ids=windows, text_bytes=text_bytes, record=record, asked=samples)
+
+
+def load_gptq_windows(tokenizer: Path, *, offline: bool = False) -> Windows:
+    """Return WikiText-2's test split as GPTQ's code cuts it, for figures to hold beside those of papers.
+
+    The whole text is tokenised once, with <bos> at its very beginning and nowhere else, and cut into disjoint windows
+    of 2048 tokens; the tail is dropped (github.com/IST-DASLab/gptq, llama.py, `llama_eval`, and datautils.py). A Gemma
+    reads every window but the first without its <bos>, so these perplexities are far above those of `load_windows`.
+
+    Raises:
+        OfflineError, TextError: see `read_wikitext2`.
+        CheckpointError: the tokenizer is missing or has no <bos>.
+    """
+    encode = _Encoder(tokenizer)
+    ids, sizes = encode.prose("\n\n".join(wikitext2.read_wikitext2(offline=offline)))
+    ids, sizes = np.insert(ids, 0, encode.bos), np.insert(sizes, 0, 0)
+    count = len(ids) // GPTQ_TOKENS
+    shape = (count, GPTQ_TOKENS)
+    windows = ids[: count * GPTQ_TOKENS].reshape(shape)
+    record = TextRecord(
+        spec=wikitext2.ORIGIN,
+        sha256=hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest(),
+        windows=count,
+        sequence_length=GPTQ_TOKENS,
+        seed=0,
+    )
+    text_bytes = sizes[: count * GPTQ_TOKENS].reshape(shape)[:, 1:].sum(axis=1)
+    return Windows(ids=windows, text_bytes=text_bytes, record=record, asked=count)
 
 
 def _joined(prose: Prose, limit: int) -> str:

@@ -16,21 +16,21 @@ import math
 from statistics import median
 from typing import TYPE_CHECKING, Final
 
+from gemma_pack.audit_results import ModuleAudit, WeightAudit
 from gemma_pack.evaluation.audit_bounds import bounds_for
 from gemma_pack.evaluation.quantized_weights import QuantizedWeights, opened
 from gemma_pack.evaluation.smoothing_factors import smoothing_factors
 from gemma_pack.record import Metric
-from gemma_pack.report import ModuleAudit, WeightAudit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gemma_pack.audit_results import AuditBounds
     from gemma_pack.checkpoint import Checkpoint
     from gemma_pack.console import Reporter
     from gemma_pack.evaluation.quantized_weights import OpenedCheckpoint
     from gemma_pack.evaluation.smoothing_factors import Factors
     from gemma_pack.record import QuantizationRecord
-    from gemma_pack.report import AuditBounds
 
 BLOCK_WEIGHTS: Final = 1 << 22
 """Weights that are compared at once: 16 MB in float32."""

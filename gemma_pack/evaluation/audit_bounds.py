@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from gemma_pack.report import AuditBounds
+from gemma_pack.audit_results import AuditBounds
 
 
 def _bounds(slope: tuple[float, float], deviation: float, snr_db: float, worst_group_snr_db: float) -> AuditBounds:

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from gemma_pack.changes import Change, Changes
 from gemma_pack.errors import InvalidUsageError
 from gemma_pack.evaluation.statistics import MINIMUM_WINDOWS, block_bootstrap
-from gemma_pack.report import Change, Changes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
-    from gemma_pack.report import NoiseFloor, Report
+    from gemma_pack.report import KernelNoise, NoiseFloor, Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +99,11 @@ def _sums(report: Report, column: str) -> npt.NDArray[np.float64]:
 
 
 def _noise(measure: _Measure, floor: NoiseFloor) -> float:
-    """Return what another batch size alone moved the measure by."""
-    return {
-        "kl_nats": floor.kl_nats,
-        "nll_nats": abs(floor.ln_ratio),
-        "same_top1_percent": 100 * (1 - floor.same_top1),
+    """Return what another batch size or attention kernel alone moved the measure by."""
+    rows: list[NoiseFloor | KernelNoise] = [floor, *([floor.kernel] if floor.kernel else [])]
+    noise: Callable[[NoiseFloor | KernelNoise], float] = {
+        "kl_nats": lambda row: row.kl_nats,
+        "nll_nats": lambda row: abs(row.ln_ratio),
+        "same_top1_percent": lambda row: 100 * (1 - row.same_top1),
     }[measure.name]
+    return max(map(noise, rows))

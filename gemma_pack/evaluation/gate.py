@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from gemma_pack.evaluation.statistics import MINIMUM_WINDOWS, Bounds, windows_to_decide
+from pydantic import ValidationError
+
+from gemma_pack.errors import InvalidUsageError
+from gemma_pack.evaluation.statistics import CONFIDENCE, MINIMUM_WINDOWS, Bounds, windows_to_decide
 from gemma_pack.record import Metric
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from gemma_pack.recipe import GateRow
     from gemma_pack.report import Estimate, Verdict
@@ -78,7 +81,15 @@ def overall(metrics: Sequence[Metric]) -> Verdict:
     return "fail" if "fail" in verdicts else "undecided" if "undecided" in verdicts else "pass"
 
 
-def windows_needed(ln_ratio: Estimate, kl: Estimate, same_top1: Estimate, row: GateRow, windows: int) -> int | None:
+def windows_needed(
+    ln_ratio: Estimate,
+    kl: Estimate,
+    same_top1: Estimate,
+    row: GateRow,
+    windows: int,
+    *,
+    confidence: float = CONFIDENCE,
+) -> int | None:
     """Return how many windows would likely decide every measure that has a margin.
 
     None where the value of one lies so close to its margin that no affordable number would.
@@ -89,12 +100,31 @@ def windows_needed(ln_ratio: Estimate, kl: Estimate, same_top1: Estimate, row: G
         (same_top1, None if row.same_top1_percent is None else row.same_top1_percent / 100),
     )
     needed = [
-        windows_to_decide(Bounds(e.value, e.lower, e.upper, e.standard_error), margin, windows)
+        windows_to_decide(Bounds(e.value, e.lower, e.upper, e.standard_error), margin, windows, confidence=confidence)
         for e, margin in margins
         if margin is not None and (windows < MINIMUM_WINDOWS or e.lower <= margin <= e.upper)
     ]
     known = [count for count in needed if count is not None]
     return max(known) if known and len(known) == len(needed) else None
+
+
+def overridden(row: GateRow, margins: Mapping[str, float]) -> GateRow:
+    """Return the row with other margins.
+
+    Raises:
+        InvalidUsageError: there is no measure of that name, or no such margin of it.
+    """
+    known = sorted(name for name in type(row).model_fields if name != "up_to_parameters")
+    for name in margins:
+        if name not in known:
+            raise InvalidUsageError(f"the gate has no measure named {name}", hint=f"it has {', '.join(known)}")
+    try:
+        return type(row).model_validate({**row.model_dump(), **margins})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidUsageError(
+            f"{first['loc'][0]} cannot be {first['input']}: {first['msg']}", hint="give a number that it can be"
+        ) from error
 
 
 def _scaled(estimate: Estimate, scale: Callable[[float], float] = float) -> tuple[float, float, float]:

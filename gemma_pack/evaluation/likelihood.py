@@ -6,18 +6,19 @@ and the heads run over a few tokens at a time, with everything after them in flo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
 from gemma_pack.errors import MachineError
-from gemma_pack.report import BosCheck, NoiseFloor
+from gemma_pack.report import BosCheck, KernelNoise, NoiseFloor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy.typing as npt
+    import torch
     from torch import Tensor
 
     from gemma_pack.console import Reporter
@@ -38,6 +39,26 @@ NOISE_WINDOWS: Final = 4
 """Windows, at least, that the noise floor is measured on."""
 BOS_WINDOWS: Final = 2
 """Windows that the check of <bos> reads."""
+
+
+class Scorable(Protocol):
+    """What scoring asks of a model; `engines.in_process.Model` says what each does."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Return last hidden states."""
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return logits before the final soft-cap."""
+
+    def finish(self, head: Tensor) -> Tensor:
+        """Return logits in float32 after it."""
+
+    def fail_not_finite(self, ids: Tensor) -> None:
+        """Raise QuantizationError."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +90,24 @@ class TokenScores:
         same: npt.NDArray[np.bool_] = self.base_top1 == self.variant_top1
         return same
 
+    def window(self, place: int) -> TokenScores:
+        """Return the scores of one window, its arrays still [1, sequence_length - 1]."""
+        return _each(lambda columns: columns[0][place : place + 1], [self])
 
-def score(base: Model, variant: Model, ids: npt.NDArray[np.int32], reporter: Reporter) -> TokenScores:
+
+def join_scores(parts: Sequence[TokenScores]) -> TokenScores:
+    """Return the scores of all windows of `parts`, in their order."""
+    return _each(np.concatenate, parts)
+
+
+def _each(of: Callable[[list[Any]], Any], parts: Sequence[TokenScores]) -> TokenScores:
+    """Return the scores that `of` makes of each column of all `parts`."""
+    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(TokenScores)}
+    made: dict[str, Any] = {name: None if column[0] is None else of(column) for name, column in columns.items()}
+    return TokenScores(**made)
+
+
+def score(base: Scorable, variant: Scorable, ids: npt.NDArray[np.int32], reporter: Reporter) -> TokenScores:
     """Score every token after <bos> of the windows `ids`, int32 [windows, sequence_length], under both models.
 
     Where the device runs out of memory, fewer windows are read at once.
@@ -91,7 +128,7 @@ def score(base: Model, variant: Model, ids: npt.NDArray[np.int32], reporter: Rep
         while begin < windows:
             rows = tokens[begin : begin + batch]
             try:
-                scored = _compare([model.hidden(rows) for model in (base, variant)], base, variant, rows)
+                scored = compare_states([model.hidden(rows) for model in (base, variant)], base, variant, rows)
             except torch.OutOfMemoryError as error:
                 batch = _smaller(batch, error)
                 reporter.warn(f"out of memory; going on with {batch} windows at once")
@@ -116,7 +153,7 @@ def batch_windows(length: int) -> int:
 
 
 def measure_noise(base: Model, ids: npt.NDArray[np.int32]) -> NoiseFloor:
-    """Return how far the base is from itself when windows are read in batches of another size.
+    """Return how far the base is from itself when windows are read in batches of another size, or by another kernel.
 
     `ids` is int32 [windows, sequence_length]; the first few are read.
     """
@@ -125,18 +162,26 @@ def measure_noise(base: Model, ids: npt.NDArray[np.int32]) -> NoiseFloor:
     usual = batch_windows(ids.shape[1])
     other = 1 if usual > 1 else 2
     rows = torch.from_numpy(ids[: max(usual, NOISE_WINDOWS)].astype(np.int64))
+
+    def states(batch: int) -> Tensor:
+        return torch.cat([base.hidden(rows[part]) for part in _slices(0, len(rows), batch)])
+
+    def distance(first: Tensor, second: Tensor) -> dict[str, float]:
+        nll, again, kl, _, top1, top1_again = compare_states([first, second], base, base, rows)
+        return {
+            "kl_nats": float(kl.double().mean()),
+            "same_top1": float((top1 == top1_again).double().mean()),
+            "ln_ratio": float((again - nll).double().mean()),
+        }
+
+    kernel = None
     with torch.inference_mode():
-        hidden = [
-            torch.cat([base.hidden(rows[part]) for part in _slices(0, len(rows), batch)]) for batch in (usual, other)
-        ]
-        nll, again, kl, _, top1, top1_again = _compare(hidden, base, base, rows)
-    return NoiseFloor(
-        windows=len(rows),
-        batch=other,
-        kl_nats=float(kl.double().mean()),
-        same_top1=float((top1 == top1_again).double().mean()),
-        ln_ratio=float((again - nll).double().mean()),
-    )
+        expected = states(usual)
+        if base.other_attention:
+            with base.attending(base.other_attention):
+                by_kernel = states(usual)
+            kernel = KernelNoise(attention=base.other_attention, **distance(expected, by_kernel))
+        return NoiseFloor(windows=len(rows), batch=other, kernel=kernel, **distance(expected, states(other)))
 
 
 def check_bos(base: Model, ids: npt.NDArray[np.int32]) -> BosCheck:
@@ -170,7 +215,7 @@ def judge_bos(with_bos: float, without_bos: float) -> BosCheck:
     return check
 
 
-def _compare(hidden: list[Tensor], base: Model, variant: Model, rows: Tensor) -> tuple[Tensor, ...]:
+def compare_states(hidden: list[Tensor], base: Scorable, variant: Scorable, rows: Tensor) -> tuple[Tensor, ...]:
     """Return nll_base, nll_variant, kl, delta_p, base_top1, variant_top1, each [tokens].
 
     `hidden` holds the last hidden states of both for the int64 rows [batch, length].

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from gemma_pack.evaluation.statistics import block_bootstrap, iid_standard_error
+from gemma_pack.evaluation.statistics import CONFIDENCE, block_bootstrap, iid_standard_error
 from gemma_pack.record import Metric
 from gemma_pack.report import (
     Divergence,
@@ -50,16 +50,18 @@ KINDS: Final = (
 """Kinds of tokens by what they decode to; the first pattern that fits counts."""
 
 
-def measure_likelihood(scores: TokenScores, text_bytes: npt.NDArray[np.int64], seed: int) -> Likelihood:
+def measure_likelihood(
+    scores: TokenScores, text_bytes: npt.NDArray[np.int64], seed: int, *, confidence: float = CONFIDENCE
+) -> Likelihood:
     """Return perplexities, their ratio and bits per byte; `text_bytes` is int64 [windows]."""
-    base, variant = (_estimate(nll, seed) for nll in (scores.nll_base, scores.nll_variant))
+    base, variant = (_estimate(nll, seed, confidence) for nll in (scores.nll_base, scores.nll_variant))
     bits = scores.nll_base.size / (math.log(2) * float(text_bytes.sum()))
     return Likelihood(
         ppl_base=math.exp(base.value),
         ppl_variant=_exp(variant.value),
         ppl_base_standard_error=math.exp(base.value) * base.standard_error,
         ppl_variant_standard_error=_exp(variant.value) * variant.standard_error,
-        ln_ratio=_estimate(scores.nll_variant - scores.nll_base, seed),
+        ln_ratio=_estimate(scores.nll_variant - scores.nll_base, seed, confidence),
         bits_per_byte_base=base.value * bits,
         bits_per_byte_variant=variant.value * bits,
     )
@@ -71,6 +73,8 @@ def measure_divergence(
     decode: Callable[[Sequence[int]], str],
     seed: int,
     top_k: TopK | None = None,
+    *,
+    confidence: float = CONFIDENCE,
 ) -> Divergence:
     """Return KL, Δp and same first choices, over all tokens and by place and kind.
 
@@ -80,10 +84,10 @@ def measure_divergence(
     kl, delta_p = scores.kl_nats, scores.delta_p
     counts, _ = np.histogram(np.clip(kl, 0, KL_EDGES[-1]), bins=KL_EDGES)
     return Divergence(
-        kl_nats=_estimate(scores.kl_all_nats, seed),
+        kl_nats=_estimate(scores.kl_all_nats, seed, confidence),
         top_k=top_k,
         kl_percentiles=_percentiles(kl),
-        same_top1=_estimate(scores.same_top1, seed),
+        same_top1=_estimate(scores.same_top1, seed, confidence),
         delta_p_rms=float(np.sqrt(np.mean(np.square(delta_p, dtype=np.float64)))),
         delta_p_percentiles=_percentiles(delta_p),
         by_position=_by_position(kl),
@@ -101,9 +105,12 @@ def collect_metrics(
 ) -> tuple[Metric, ...]:
     """Return the rows of the report's table: the noise floor, perplexities, what the gate judged, what it did not."""
     empty = sum(prompt.variant_empty for prompt in parity.prompts)
+    unended = sum(prompt.base_ended and not prompt.variant_ended for prompt in parity.prompts)
+    repeated = float(np.mean([prompt.variant_repeats for prompt in parity.prompts]))
     return (
         Metric(name="noise_kl_nats", value=noise.kl_nats, unit="nats"),
         Metric(name="noise_same_top1_percent", value=100 * noise.same_top1, unit="%"),
+        *([Metric(name="noise_kernel_kl_nats", value=noise.kernel.kl_nats, unit="nats")] if noise.kernel else []),
         Metric(name="ppl_base", value=likelihood.ppl_base),
         Metric(name="ppl_variant", value=likelihood.ppl_variant),
         *judged,
@@ -114,6 +121,8 @@ def collect_metrics(
         Metric(name="bits_per_byte_variant", value=likelihood.bits_per_byte_variant),
         Metric(name="greedy_identical_percent", value=100 * parity.identical_share, unit="%"),
         Metric(name="greedy_divergent_percent", value=100 * parity.divergent_share, unit="%"),
+        Metric(name="repeated_4grams_percent", value=100 * repeated, unit="%"),
+        Metric(name="unended_answers", value=unended),
         Metric(name="empty_answers", value=empty, margin=0, verdict="fail" if empty else "pass"),
     )
 
@@ -144,10 +153,10 @@ def sum_windows(scores: TokenScores) -> tuple[WindowSums, ...]:
     )
 
 
-def _estimate(values: npt.NDArray[Any], seed: int) -> Estimate:
+def _estimate(values: npt.NDArray[Any], seed: int, confidence: float) -> Estimate:
     """Return the mean of `values` [windows, tokens] with its bounds."""
     totals = values.sum(axis=1, dtype=np.float64)
-    bounds = block_bootstrap(totals, np.full(len(values), float(values.shape[1])), seed=seed)
+    bounds = block_bootstrap(totals, np.full(len(values), float(values.shape[1])), seed=seed, confidence=confidence)
     return Estimate(
         value=bounds.value,
         lower=bounds.lower,

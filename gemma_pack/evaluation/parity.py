@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from gemma_pack.console import Reporter
     from gemma_pack.evaluation.engines.in_process import Answer, Model
-    from gemma_pack.evaluation.engines.reading import Reading
+    from gemma_pack.evaluation.engines.reading import Reader, Reading
     from gemma_pack.evaluation.prompts import Prompt
 
 BATCH: Final = 16
@@ -104,6 +104,13 @@ def _compare(
             ours.tokens[first],
         )
     return _describe(prompt, theirs, ours, first, divergent, near_tie=near_tie, decode=decode), divergent
+
+
+def read_answers(reader: Reader, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> list[Reading]:
+    """Return the reading of each answer after its prompt: what the model would have said at each place."""
+    pairs = list(zip(prompts, answers, strict=True))
+    readings = reader.read([[*prompt, *answer.tokens] for prompt, answer in pairs], NEAR_TIE_TOP)
+    return [reading.last(len(answer.tokens)) for reading, answer in zip(readings, answers, strict=True)]
 
 
 def compare_read_answers(

@@ -22,26 +22,21 @@ from gemma_pack.evaluation.engines.reading import Reading, ResidentReader
 from gemma_pack.evaluation.engines.server import ServerReader
 from gemma_pack.evaluation.engines.vllm import SERVED_NAME, reading_server
 from gemma_pack.evaluation.likelihood import BOS_WINDOWS, NOISE_WINDOWS, judge_bos
-from gemma_pack.evaluation.parity import NEAR_TIE_TOP, compare_read_answers
+from gemma_pack.evaluation.measured import Measured
+from gemma_pack.evaluation.parity import compare_read_answers, read_answers
 from gemma_pack.evaluation.top_k import TOP_K, compare_readings, noise_between
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    import numpy.typing as npt
-
     from gemma_pack.console import Reporter
-    from gemma_pack.evaluation.engines.in_process import Answer, Model
     from gemma_pack.evaluation.engines.reading import Reader
     from gemma_pack.evaluation.likelihood import TokenScores
+    from gemma_pack.evaluation.measured import Ids, Pair
     from gemma_pack.evaluation.prompts import Prompt
     from gemma_pack.record import FileDigest
-    from gemma_pack.report import BosCheck, Engine, NoiseFloor, Parity, TopK
-    from gemma_pack.task_results import SkippedTask, TaskScores
-
-    Ids = npt.NDArray[np.int32]
-    Scored = dict[str, TaskScores | SkippedTask]
+    from gemma_pack.report import TopK
 
 TASK_TOKENS: Final = 8192
 """What a server that is started here reads at most where there are tasks; few-shot prompts are longer than windows."""
@@ -70,91 +65,137 @@ class Servers:
         return self.variant == "vllm"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """The two models: where they lie, and their weight files."""
+class Served:
+    """Servers, asked one after the other, because one machine may have to serve both."""
 
-    base: Path
-    variant: Path
-    base_files: tuple[FileDigest, ...]
-    variant_files: tuple[FileDigest, ...]
-    base_size_bytes: int
-    device: str
-    """Where this process computes what no server does."""
+    def __init__(self, servers: Servers, pair: Pair) -> None:
+        """Ask nothing yet."""
+        self._servers = servers
+        self._pair = pair
+        servers.kept.mkdir(parents=True, exist_ok=True)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """All that was measured of base and variant."""
-
-    scores: TokenScores
-    top_k: TopK | None
-    bos_check: BosCheck
-    noise_floor: NoiseFloor
-    parity: Parity
-    engine: Engine
-    tasks: tuple[Scored, Scored] | None = None
-    """What base and variant scored on the tasks."""
-
-
-def measure_served(
-    servers: Servers,
-    pair: Pair,
-    ids: Ids,
-    prompts: Sequence[Prompt],
-    *,
-    limit: int,
-    decode: Callable[[Sequence[int]], str],
-    describe: Callable[[Model], Engine],
-    ask: Callable[[Reader], Scored] | None,
-    reporter: Reporter,
-) -> Measured:
-    """Measure both on the windows `ids`, int32 [windows, sequence_length], and on answers of at most `limit` tokens.
-
-    `ask` runs the tasks on a reader, where there are some.
-
-    Raises:
-        EngineError: a server failed for good; what was read is kept.
-        CheckpointError: a server serves another model.
-        MachineError: the baseline is broken, or what must be read in this process does not fit.
-        QuantizationError: a model computes NaN.
-    """
-    asked = [prompt.ids for prompt in prompts]
-    longest = max(ids.shape[1], *(len(prompt) + limit for prompt in asked), TASK_TOKENS if ask else 0) + 1
-    servers.kept.mkdir(parents=True, exist_ok=True)
-    with _base_reader(servers, pair, longest, describe, reporter) as base:
-        key = _key(pair.base_files, servers.base or servers.variant)
-        windows = _read_windows(base, servers.kept / key, ids, reporter)
-        without_bos = base.read(ids[:BOS_WINDOWS, 1:].tolist(), 1)
-        bos_check = judge_bos(
-            float(np.mean([reading.nll[1:] for reading in windows[:BOS_WINDOWS]])),
-            float(np.mean([reading.nll for reading in without_bos])),
+    def measure(self, ids: Ids, prompts: Sequence[Prompt]) -> Measured:
+        """Measure all there is; see `Measuring`."""
+        pair, servers = self._pair, self._servers
+        asked = [prompt.ids for prompt in prompts]
+        with_answers = max(len(prompt) + pair.answer_tokens for prompt in asked)
+        longest = max(ids.shape[1], with_answers, TASK_TOKENS if pair.ask else 0) + 1
+        with self._base_reader(longest) as base:
+            windows = self._read_windows(base, ids)
+            without_bos = base.read(ids[:BOS_WINDOWS, 1:].tolist(), 1)
+            bos_check = judge_bos(
+                float(np.mean([reading.nll[1:] for reading in windows[:BOS_WINDOWS]])),
+                float(np.mean([reading.nll for reading in without_bos])),
+            )
+            again = [base.read([row], TOP_K)[0] for row in ids[:NOISE_WINDOWS].tolist()]
+            theirs = base.answers(asked, pair.answer_tokens)
+            base_forced = read_answers(base, asked, theirs)
+            base_engine = base.describe()
+            base_scored = pair.ask(base) if pair.ask else None
+        with self._variant_reader(longest) as variant:
+            served = self._read_windows(variant, ids)
+            ours = variant.answers(asked, pair.answer_tokens)
+            variant_forced = read_answers(variant, asked, theirs)
+            engine = variant.describe()
+            scored = pair.ask(variant) if pair.ask else None
+        if not servers.own:
+            self._require_served(ids[0].tolist(), (windows[0], served[0]))
+        scores, top_k = compare_readings(windows, served)
+        readings = list(zip(base_forced, variant_forced, strict=True))
+        return Measured(
+            scores=scores,
+            top_k=top_k,
+            bos_check=bos_check,
+            noise_floor=noise_between(windows[: len(again)], again, batch=1),
+            parity=compare_read_answers(prompts, theirs, ours, readings, limit=pair.answer_tokens, decode=pair.decode),
+            engine=engine if base_engine.name == engine.name else engine.model_copy(update={"base": base_engine.name}),
+            tasks=(base_scored, scored) if base_scored is not None and scored is not None else None,
         )
-        again = [base.read([row], TOP_K)[0] for row in ids[:NOISE_WINDOWS].tolist()]
-        theirs = base.answers(asked, limit)
-        base_forced = _read_answers(base, asked, theirs)
-        base_engine = base.describe()
-        base_scored = ask(base) if ask else None
-    with _variant_reader(servers, pair, longest, reporter) as variant:
-        served = _read_windows(variant, servers.kept / _key(pair.variant_files, servers.variant), ids, reporter)
-        ours = variant.answers(asked, limit)
-        variant_forced = _read_answers(variant, asked, theirs)
-        engine = variant.describe()
-        scored = ask(variant) if ask else None
-    if not servers.own:
-        _require_served(servers, pair, ids[0].tolist(), (windows[0], served[0]), describe=describe, reporter=reporter)
-    scores, top_k = compare_readings(windows, served)
-    return Measured(
-        scores=scores,
-        top_k=top_k,
-        bos_check=bos_check,
-        noise_floor=noise_between(windows[: len(again)], again, batch=1),
-        parity=compare_read_answers(
-            prompts, theirs, ours, list(zip(base_forced, variant_forced, strict=True)), limit=limit, decode=decode
-        ),
-        engine=engine if base_engine.name == engine.name else engine.model_copy(update={"base": base_engine.name}),
-        tasks=(base_scored, scored) if base_scored is not None and scored is not None else None,
-    )
+
+    def rescore(self, ids: Ids) -> tuple[TokenScores, TopK]:
+        """Score the windows, reading only those that were not read before."""
+        longest = ids.shape[1] + 1
+        with self._base_reader(longest) as base:
+            windows = self._read_windows(base, ids)
+        with self._variant_reader(longest) as variant:
+            return compare_readings(windows, self._read_windows(variant, ids))
+
+    def _read_windows(self, reader: Reader, ids: Ids) -> list[Reading]:
+        """Return the reading of each window; those that an earlier run kept are not read again."""
+        is_base = reader.role == "base"
+        files = self._pair.base_files if is_base else self._pair.variant_files
+        engine = self._servers.base or self._servers.variant if is_base else self._servers.variant
+        return _read_windows(reader, self._servers.kept / _key(files, engine), ids, self._pair.reporter)
+
+    @contextmanager
+    def _base_reader(self, longest: int) -> Iterator[Reader]:
+        servers = self._servers
+        if servers.own:
+            with self._started(self._pair.base, "base", longest) as reader:
+                yield reader
+        elif servers.base:
+            with _asked(servers.base, "base", servers.base_model) as reader:
+                yield reader
+        else:
+            with self._resident(self._pair.base, "base") as reader:
+                yield reader
+
+    @contextmanager
+    def _variant_reader(self, longest: int) -> Iterator[Reader]:
+        if self._servers.own:
+            with self._started(self._pair.variant, "variant", longest) as reader:
+                yield reader
+        else:
+            with _asked(self._servers.variant, "variant", self._servers.model) as reader:
+                yield reader
+
+    @contextmanager
+    def _started(self, directory: Path, role: str, longest: int) -> Iterator[ServerReader]:
+        """Serve `directory` and read what is served until the block ends."""
+        self._pair.reporter.status(f"starting vLLM's server for the {role}")
+        log = self._servers.kept / f"vllm-{role}.log"
+        with (
+            reading_server(directory, max_model_len=longest, log=log) as address,
+            _asked(address, role, SERVED_NAME, own=True) as reader,
+        ):
+            yield reader
+
+    @contextmanager
+    def _resident(self, directory: Path, role: str) -> Iterator[ResidentReader]:
+        pair = self._pair
+        require_memory(pair.base_size_bytes, pair.device)  # a variant is dequantized to bf16
+        pair.reporter.status(f"loading the {role} on {pair.device}")
+        yield ResidentReader(load(directory, role, pair.device), pair.describe)
+
+    def _require_served(self, window: list[int], readings: tuple[Reading, Reading]) -> None:
+        """Raise CheckpointError unless the servers read one window as the files here do, each nearer to its own.
+
+        `readings` are the base's and the variant's of `window`.
+
+        A name or a path says nothing: a server that serves the base by mistake would pass any gate.
+        """
+        names = ("base", "variant")
+        local = []
+        for directory, role in zip((self._pair.base, self._pair.variant), names, strict=True):
+            with self._resident(directory, role) as reader:
+                local += reader.read([window], 1)
+        for own, url in ((1, self._servers.variant), (0, self._servers.base)):
+            if url is None:
+                continue
+            other = 1 - own
+            distances = [_distance(readings[own], reading) for reading in local]
+            if distances[own] > STRANGER_NATS:
+                raise CheckpointError(
+                    f"{url} serves another model than this {names[own]}: what it says of a token differs by "
+                    f"{distances[own]:.2f} nats (root mean square)",
+                    hint=f"serve the {names[own]} there, or name it with --served-model",
+                )
+            if distances[own] > distances[other]:
+                raise CheckpointError(
+                    f"{url} should serve the {names[own]}, and what it says is nearer to the {names[other]}: "
+                    f"{distances[other]:.3f} nats of difference, {distances[own]:.3f} to the {names[own]}",
+                    hint=f"serve the {names[own]} there",
+                )
 
 
 def _read_windows(reader: Reader, kept: Path, ids: Ids, reporter: Reporter) -> list[Reading]:
@@ -187,13 +228,6 @@ def _key(files: Sequence[FileDigest], engine: str) -> str:
     return hashlib.sha256("\n".join([engine, *(file.sha256 for file in files)]).encode()).hexdigest()[:16]
 
 
-def _read_answers(reader: Reader, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> list[Reading]:
-    """Return the reading of each answer after its prompt: what the model would have said at each place."""
-    pairs = list(zip(prompts, answers, strict=True))
-    readings = reader.read([[*prompt, *answer.tokens] for prompt, answer in pairs], NEAR_TIE_TOP)
-    return [reading.last(len(answer.tokens)) for reading, answer in zip(readings, answers, strict=True)]
-
-
 def _keep(path: Path, reading: Reading) -> None:
     stream = io.BytesIO()
     np.savez(stream, ids=reading.ids, nll=reading.nll, top_ids=reading.top_ids, top_logprobs=reading.top_logprobs)
@@ -206,94 +240,9 @@ def _kept(path: Path) -> Reading:
 
 
 @contextmanager
-def _base_reader(
-    servers: Servers, pair: Pair, longest: int, describe: Callable[[Model], Engine], reporter: Reporter
-) -> Iterator[Reader]:
-    if servers.own:
-        with _started(pair.base, "base", servers, longest, reporter) as reader:
-            yield reader
-    elif servers.base:
-        with _asked(servers.base, "base", servers.base_model) as reader:
-            yield reader
-    else:
-        with _resident(pair.base, "base", pair, describe, reporter) as reader:
-            yield reader
-
-
-@contextmanager
-def _variant_reader(servers: Servers, pair: Pair, longest: int, reporter: Reporter) -> Iterator[Reader]:
-    if servers.own:
-        with _started(pair.variant, "variant", servers, longest, reporter) as reader:
-            yield reader
-    else:
-        with _asked(servers.variant, "variant", servers.model) as reader:
-            yield reader
-
-
-@contextmanager
-def _started(directory: Path, role: str, servers: Servers, longest: int, reporter: Reporter) -> Iterator[ServerReader]:
-    """Serve `directory` and read what is served until the block ends."""
-    reporter.status(f"starting vLLM's server for the {role}")
-    log = servers.kept / f"vllm-{role}.log"
-    with (
-        reading_server(directory, max_model_len=longest, log=log) as address,
-        _asked(address, role, SERVED_NAME, own=True) as reader,
-    ):
-        yield reader
-
-
-@contextmanager
 def _asked(url: str, role: str, model: str | None, *, own: bool = False) -> Iterator[ServerReader]:
     with closing(ServerReader(url, role, model=model, own=own)) as reader:
         yield reader
-
-
-@contextmanager
-def _resident(
-    directory: Path, role: str, pair: Pair, describe: Callable[[Model], Engine], reporter: Reporter
-) -> Iterator[ResidentReader]:
-    require_memory(pair.base_size_bytes, pair.device)  # a variant is dequantized to bf16
-    reporter.status(f"loading the {role} on {pair.device}")
-    yield ResidentReader(load(directory, role, pair.device), describe)
-
-
-def _require_served(
-    servers: Servers,
-    pair: Pair,
-    window: list[int],
-    readings: tuple[Reading, Reading],
-    *,
-    describe: Callable[[Model], Engine],
-    reporter: Reporter,
-) -> None:
-    """Raise CheckpointError unless the servers read one window as the files here do, each nearer to its own.
-
-    `readings` are the base's and the variant's of `window`.
-
-    A name or a path says nothing: a server that serves the base by mistake would pass any gate.
-    """
-    names = ("base", "variant")
-    local = []
-    for directory, role in zip((pair.base, pair.variant), names, strict=True):
-        with _resident(directory, role, pair, describe, reporter) as reader:
-            local += reader.read([window], 1)
-    for own, url in ((1, servers.variant), (0, servers.base)):
-        if url is None:
-            continue
-        other = 1 - own
-        distances = [_distance(readings[own], reading) for reading in local]
-        if distances[own] > STRANGER_NATS:
-            raise CheckpointError(
-                f"{url} serves another model than this {names[own]}: what it says of a token differs by "
-                f"{distances[own]:.2f} nats (root mean square)",
-                hint=f"serve the {names[own]} there, or name it with --served-model",
-            )
-        if distances[own] > distances[other]:
-            raise CheckpointError(
-                f"{url} should serve the {names[own]}, and what it says is nearer to the {names[other]}: "
-                f"{distances[other]:.3f} nats of difference, {distances[own]:.3f} to the {names[own]}",
-                hint=f"serve the {names[own]} there",
-            )
 
 
 def _distance(one: Reading, other: Reading) -> float:

@@ -66,7 +66,9 @@ def iid_standard_error(values: npt.NDArray[np.floating]) -> float:
     return float(values.std(ddof=1, dtype=np.float64) / math.sqrt(values.size)) if values.size > 1 else math.inf
 
 
-def windows_to_decide(bounds: Bounds, margin: float, windows: int, *, power: float = 0.8) -> int | None:
+def windows_to_decide(
+    bounds: Bounds, margin: float, windows: int, *, power: float = 0.8, confidence: float = CONFIDENCE
+) -> int | None:
     """Return how many windows, these included, would decide against `margin` with probability `power`.
 
     The error shrinks with the root of the number: n = W ((z_confidence + z_power) · SE / |margin - value|)². None
@@ -75,7 +77,7 @@ def windows_to_decide(bounds: Bounds, margin: float, windows: int, *, power: flo
     distance = abs(margin - bounds.value)
     if not math.isfinite(bounds.standard_error) or distance == 0:
         return None
-    z = _NORMAL.inv_cdf(CONFIDENCE) + _NORMAL.inv_cdf(power)
+    z = _NORMAL.inv_cdf(confidence) + _NORMAL.inv_cdf(power)
     needed = windows * (z * bounds.standard_error / distance) ** 2
     return max(MINIMUM_WINDOWS, windows + 1, math.ceil(needed)) if needed <= 1000 * windows else None
 

@@ -1,47 +1,50 @@
 """Validates a variant against its base: measures, judges, and fills the report.
 
 The order matters: what cannot be compared is refused before a weight is loaded, and the check of <bos> on the base
-comes before any comparison.
+comes before any comparison. An undecided run may look once more, at more windows; then both looks have half of the
+5 % that a verdict may be wrong by (Bonferroni), so that looking twice makes no verdict less sure.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from gemma_pack.checkpoint import Checkpoint, file_sha256
-from gemma_pack.errors import CheckpointError, TextError
+from gemma_pack.checkpoint import Checkpoint
+from gemma_pack.errors import TextError
 from gemma_pack.evaluation import gate, statistics
 from gemma_pack.evaluation.audit import audit_weights, judge_audit
 from gemma_pack.evaluation.comparable import require_same_base, require_same_language
-from gemma_pack.evaluation.engines.in_process import load, require_memory
-from gemma_pack.evaluation.engines.reading import ResidentReader
-from gemma_pack.evaluation.likelihood import check_bos, measure_noise, score
+from gemma_pack.evaluation.description import describe_base, describe_engine, describe_variant, quantization_of
+from gemma_pack.evaluation.measured import Pair
 from gemma_pack.evaluation.measures import collect_metrics, measure_divergence, measure_likelihood, sum_windows
-from gemma_pack.evaluation.parity import compare_answers
 from gemma_pack.evaluation.prompts import build_prompts
-from gemma_pack.evaluation.served import Measured, Pair, measure_served
+from gemma_pack.evaluation.resident import resident_engine
+from gemma_pack.evaluation.served import Served
 from gemma_pack.evaluation.tasks import compare_tasks, run_tasks
-from gemma_pack.record import FileDigest
-from gemma_pack.report import Base, BosCheck, Engine, Method, Protocol, Report, Subject
+from gemma_pack.report import GateUsed, Method, OtherProtocol, Protocol, Report
 from gemma_pack.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from gemma_pack.audit_results import WeightAudit
     from gemma_pack.console import Reporter
-    from gemma_pack.evaluation.engines.in_process import Model
     from gemma_pack.evaluation.engines.reading import Reader
+    from gemma_pack.evaluation.likelihood import TokenScores
+    from gemma_pack.evaluation.measured import Measured, Measuring
     from gemma_pack.evaluation.profiles import Profile
     from gemma_pack.evaluation.served import Servers
     from gemma_pack.evaluation.tasks import TaskChoice
-    from gemma_pack.recipe import Recipe
-    from gemma_pack.record import QuantizationRecord, Record, SourceRecord
-    from gemma_pack.report import WeightAudit
+    from gemma_pack.recipe import GateRow, Recipe
+    from gemma_pack.record import Metric, Record, SourceRecord
+    from gemma_pack.report import Divergence, Likelihood, Subject, TopK
     from gemma_pack.task_results import SkippedTask, TaskScores
     from gemma_pack.texts import Windows
+
+MOST_TIMES: Final = 8
+"""A second look takes at most so many times the windows of the first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,14 +57,40 @@ class Comparison:
     base: Path
     base_source: SourceRecord
     recipe: Recipe
+    margins: Mapping[str, float]
+    """What the gate allows instead of what the recipe says, by measure."""
     windows: Windows
     profile: Profile
     device: str
     seed: int
     """Of the bootstrap."""
+    kept: Path
+    """A directory for what an interrupted run need not do again."""
+    extend: Callable[[int], Windows] | None = None
+    """Returns so many windows, those that there are among them, for a second look; None looks once."""
+    gptq_windows: Windows | None = None
+    """WikiText-2 as papers cut it, where perplexity by that protocol is wanted, too."""
     servers: Servers | None = None
     """The servers that compute; None computes in this process."""
     tasks: TaskChoice | None = None
+
+    @property
+    def confidence(self) -> float:
+        """One-sided, of every bound."""
+        looks = 2 if self.extend else 1
+        return 1 - (1 - statistics.CONFIDENCE) / looks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Look:
+    """What the windows say, judged."""
+
+    windows: Windows
+    scores: TokenScores
+    likelihood: Likelihood
+    divergence: Divergence
+    costs: tuple[Metric, ...]
+    needed: int | None
 
 
 def validate(comparison: Comparison, reporter: Reporter) -> Report:
@@ -69,12 +98,12 @@ def validate(comparison: Comparison, reporter: Reporter) -> Report:
 
     Raises:
         TextError: there is but one window.
+        InvalidUsageError: a margin is of no measure.
         CheckpointError: variant and base cannot be compared, or one is damaged.
         MachineError: they do not fit into memory, or the baseline is broken.
         QuantizationError: a model computes NaN or infinity.
     """
-    ids = comparison.windows.ids
-    if len(ids) < 2:
+    if len(comparison.windows.ids) < 2:
         raise TextError(
             f"{comparison.windows.record.spec} fills one window, and a spread needs two at least",
             hint="choose a longer text; a verdict needs 32 windows",
@@ -83,88 +112,112 @@ def validate(comparison: Comparison, reporter: Reporter) -> Report:
     require_same_language(comparison.variant, comparison.base)
     variant_checkpoint, base_checkpoint = Checkpoint.open(comparison.variant), Checkpoint.open(comparison.base)
     row = comparison.recipe.gate_for(sum(tensor.parameters for tensor in base_checkpoint.tensors.values()))
+    row = gate.overridden(row, comparison.margins)
     audit = _audit(comparison, base_checkpoint, variant_checkpoint, reporter)
+    subject = describe_variant(comparison.record, variant_checkpoint, reporter)
+    pair = _pair(comparison, subject, base_checkpoint.size_bytes, reporter)
+    engine = Served(comparison.servers, pair) if comparison.servers else resident_engine(pair)
+    windows = comparison.windows
+    measured = engine.measure(windows.ids, build_prompts(comparison.base, comparison.profile.prompts, windows.ids))
+    look = _look(comparison, pair, row, windows, (measured.scores, measured.top_k))
+    if comparison.extend and gate.overall((*look.costs, *judge_audit(audit))) == "undecided":
+        look = _look_again(comparison, pair, row, look, engine)
+    metrics = collect_metrics(
+        measured.noise_floor, look.likelihood, look.divergence, measured.parity, (*look.costs, *judge_audit(audit))
+    )
+    verdict = gate.overall(metrics)
+    return Report(
+        verdict=verdict,
+        windows_needed=look.needed if verdict == "undecided" else None,
+        subject=subject,
+        base=describe_base(comparison.base_source, base_checkpoint),
+        engine=measured.engine,
+        protocol=_protocol(comparison, look, measured),
+        method=Method(confidence=comparison.confidence, draws=statistics.DRAWS, seed=comparison.seed),
+        gate=_gate(comparison, row),
+        metrics=metrics,
+        noise_floor=measured.noise_floor,
+        likelihood=look.likelihood,
+        divergence=look.divergence,
+        parity=measured.parity,
+        other_protocols=_other_protocols(comparison, engine),
+        audit=audit,
+        tasks=compare_tasks(comparison.tasks, *measured.tasks) if comparison.tasks and measured.tasks else None,
+        windows=sum_windows(look.scores),
+    )
+
+
+def _look(
+    comparison: Comparison, pair: Pair, row: GateRow, windows: Windows, scored: tuple[TokenScores, TopK | None]
+) -> _Look:
+    """Judge what the scores of the windows say."""
+    scores, top_k = scored
+    confidence, count = comparison.confidence, len(windows.ids)
+    likelihood = measure_likelihood(scores, windows.text_bytes, comparison.seed, confidence=confidence)
+    divergence = measure_divergence(scores, windows.ids, pair.decode, comparison.seed, top_k, confidence=confidence)
+    estimates = (likelihood.ln_ratio, divergence.kl_nats, divergence.same_top1)
+    return _Look(
+        windows=windows,
+        scores=scores,
+        likelihood=likelihood,
+        divergence=divergence,
+        costs=gate.judge_costs(*estimates, row, count),
+        needed=gate.windows_needed(*estimates, row, count, confidence=confidence),
+    )
+
+
+def _look_again(comparison: Comparison, pair: Pair, row: GateRow, first: _Look, engine: Measuring) -> _Look:
+    """Take as many more windows as would likely decide it, if the text has them."""
+    if comparison.extend is None:
+        raise AssertionError("asked for before")
+    count = len(first.windows.ids)
+    most = MOST_TIMES * count
+    windows = comparison.extend(min(first.needed or most, most))
+    if len(windows.ids) <= count:
+        pair.reporter.warn(f"{windows.record.spec} has no more than {count} windows, so the verdict stays undecided")
+        return first
+    pair.reporter.warn(f"{count} windows leave it undecided; taking {len(windows.ids)}")
+    return _look(comparison, pair, row, windows, engine.rescore(windows.ids))
+
+
+def _other_protocols(comparison: Comparison, engine: Measuring) -> tuple[OtherProtocol, ...] | None:
+    windows = comparison.gptq_windows
+    if windows is None:
+        return None
+    scores, _ = engine.rescore(windows.ids)
+    found = measure_likelihood(scores, windows.text_bytes, comparison.seed, confidence=comparison.confidence)
+    return (
+        OtherProtocol(
+            name="wikitext2-gptq",
+            text=windows.record,
+            tokens=windows.ids[:, 1:].size,
+            ppl_base=found.ppl_base,
+            ppl_variant=found.ppl_variant,
+            ln_ratio=found.ln_ratio,
+        ),
+    )
+
+
+def _pair(comparison: Comparison, subject: Subject, base_size_bytes: int, reporter: Reporter) -> Pair:
     tokenizer, _ = load_tokenizer(comparison.base)
 
     def decode(tokens: Sequence[int]) -> str:
         text: str = tokenizer.decode(list(tokens), skip_special_tokens=False)
         return text
 
-    subject = _describe_variant(comparison.record, variant_checkpoint, reporter)
-    measured = _measure(comparison, subject, base_checkpoint.size_bytes, decode, reporter)
-    noise_floor, parity = measured.noise_floor, measured.parity
-    likelihood = measure_likelihood(measured.scores, comparison.windows.text_bytes, comparison.seed)
-    divergence = measure_divergence(measured.scores, ids, decode, comparison.seed, measured.top_k)
-    estimates = (likelihood.ln_ratio, divergence.kl_nats, divergence.same_top1)
-    judged = (*gate.judge_costs(*estimates, row, len(ids)), *judge_audit(audit))
-    metrics = collect_metrics(noise_floor, likelihood, divergence, parity, judged)
-    verdict = gate.overall(metrics)
-    return Report(
-        verdict=verdict,
-        windows_needed=gate.windows_needed(*estimates, row, len(ids)) if verdict == "undecided" else None,
-        subject=subject,
-        base=_describe_base(comparison.base_source, base_checkpoint),
-        engine=measured.engine,
-        protocol=_protocol(comparison, measured.bos_check),
-        method=Method(confidence=statistics.CONFIDENCE, draws=statistics.DRAWS, seed=comparison.seed),
-        metrics=metrics,
-        noise_floor=noise_floor,
-        likelihood=likelihood,
-        divergence=divergence,
-        parity=parity,
-        audit=audit,
-        tasks=compare_tasks(comparison.tasks, *measured.tasks) if comparison.tasks and measured.tasks else None,
-        windows=sum_windows(measured.scores),
-    )
-
-
-def _measure(
-    comparison: Comparison,
-    subject: Subject,
-    base_size_bytes: int,
-    decode: Callable[[Sequence[int]], str],
-    reporter: Reporter,
-) -> Measured:
-    """Measure both models by the engine that was chosen."""
-    ids, limit = comparison.windows.ids, comparison.profile.answer_tokens
-    prompts = build_prompts(comparison.base, comparison.profile.prompts, ids)
-    ask = _asker(comparison, subject, reporter)
-    if comparison.servers:
-        pair = Pair(
-            base=comparison.base,
-            variant=comparison.variant,
-            base_files=comparison.base_source.files,
-            variant_files=subject.files,
-            base_size_bytes=base_size_bytes,
-            device=comparison.device,
-        )
-        return measure_served(
-            comparison.servers,
-            pair,
-            ids,
-            prompts,
-            limit=limit,
-            decode=decode,
-            describe=_describe_engine,
-            ask=ask,
-            reporter=reporter,
-        )
-    require_memory(2 * base_size_bytes, comparison.device)  # the variant is dequantized to bf16
-    reporter.status(f"loading base and variant on {comparison.device}")
-    base = load(comparison.base, "base", comparison.device)
-    variant = load(comparison.variant, "variant", comparison.device)
-    bos_check = check_bos(base, ids)
-    reporter.status("measuring the noise floor: the base against itself")
-    return Measured(
-        bos_check=bos_check,
-        noise_floor=measure_noise(base, ids),
-        scores=score(base, variant, ids, reporter),
-        top_k=None,
-        parity=compare_answers(base, variant, prompts, limit=limit, decode=decode, reporter=reporter),
-        engine=_describe_engine(base),
-        tasks=(ask(ResidentReader(base, _describe_engine)), ask(ResidentReader(variant, _describe_engine)))
-        if ask
-        else None,
+    return Pair(
+        base=comparison.base,
+        variant=comparison.variant,
+        base_files=comparison.base_source.files,
+        variant_files=subject.files,
+        base_size_bytes=base_size_bytes,
+        device=comparison.device,
+        answer_tokens=comparison.profile.answer_tokens,
+        kept=comparison.kept,
+        decode=decode,
+        describe=describe_engine,
+        ask=_asker(comparison, subject, reporter),
+        reporter=reporter,
     )
 
 
@@ -186,7 +239,7 @@ def _asker(
 
 def _audit(comparison: Comparison, base: Checkpoint, variant: Checkpoint, reporter: Reporter) -> WeightAudit | None:
     """Audit the weights before anything is loaded, and say at once what was found."""
-    record = _quantization(comparison.record, variant)
+    record = quantization_of(comparison.record, variant)
     audit = audit_weights(base, variant, record, device=comparison.device, reporter=reporter)
     damaged = [module.name for module in audit.modules if module.problem] + list(audit.altered) if audit else []
     if damaged:
@@ -194,55 +247,18 @@ def _audit(comparison: Comparison, base: Checkpoint, variant: Checkpoint, report
     return audit
 
 
-def _quantization(record: Record, checkpoint: Checkpoint) -> QuantizationRecord:
-    if record.quantization is None:
-        raise CheckpointError(f"{checkpoint.directory} is no variant: its record has no quantization")
-    return record.quantization
+def _gate(comparison: Comparison, row: GateRow) -> GateUsed:
+    margins = row.model_dump(exclude={"up_to_parameters"}, exclude_none=True)
+    return GateUsed(recipe=comparison.recipe.name, margins=margins, overridden=tuple(sorted(comparison.margins)))
 
 
-def _describe_variant(record: Record, checkpoint: Checkpoint, reporter: Reporter) -> Subject:
-    quantization = _quantization(record, checkpoint)
-    total = sum(path.stat().st_size for path in checkpoint.shards)
-    with reporter.progress("Hashing the variant", total, "bytes") as task:
-        files = tuple(
-            FileDigest(path=path.name, sha256=file_sha256(path, task.advance), size_bytes=path.stat().st_size)
-            for path in checkpoint.shards
-        )
-    return Subject(
-        recipe=quantization.recipe,
-        recipe_sha256=quantization.recipe_sha256,
-        scheme=quantization.scheme,
-        size_bytes=checkpoint.size_bytes,
-        files=files,
-    )
-
-
-def _describe_base(source: SourceRecord, checkpoint: Checkpoint) -> Base:
-    return Base(
-        kind=source.kind,
-        model_id=source.model_id,
-        revision=source.revision,
-        note=source.note,
-        parameters=sum(tensor.parameters for tensor in checkpoint.tensors.values()),
-        size_bytes=checkpoint.size_bytes,
-    )
-
-
-def _describe_engine(model: Model) -> Engine:
-    import torch
-
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
-    libraries = ("torch", "transformers", "compressed-tensors", "tokenizers")
-    versions = {name: importlib.metadata.version(name) for name in libraries}
-    return Engine(name="transformers", versions=versions, device=device, attention=model.attention)
-
-
-def _protocol(comparison: Comparison, bos_check: BosCheck) -> Protocol:
-    windows = comparison.windows
+def _protocol(comparison: Comparison, look: _Look, measured: Measured) -> Protocol:
+    windows, first = look.windows, comparison.windows
     return Protocol(
         profile=comparison.profile.name,
         text=windows.record,
         tokens=windows.ids[:, 1:].size,
         text_bytes=int(windows.text_bytes.sum()),
-        bos_check=bos_check,
+        bos_check=measured.bos_check,
+        first_look_windows=None if windows is first else len(first.ids),
     )

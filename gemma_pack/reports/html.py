@@ -27,7 +27,7 @@ def render_html(report: Report, name: str) -> str:
         name=name,
         words=wording.VERDICT_WORDS,
         reasons=wording.reasons(report),
-        header=wording.HEADER,
+        header=wording.header(report),
         rows=rows,
         histogram=charts.histogram(divergence.histogram, divergence.kl_nats.value),
         positions=charts.positions(divergence.by_position),

@@ -18,7 +18,7 @@ def render_markdown(report: Report, name: str) -> str:
     return template("report.md.j2").render(
         report=report,
         name=name,
-        header=wording.HEADER,
+        header=wording.header(report),
         rows=wording.rows(report.metrics),
         reasons=wording.reasons(report),
         estimates=estimates(report),

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from gemma_pack.audit_results import WeightAudit
+    from gemma_pack.changes import Change
     from gemma_pack.record import Metric
-    from gemma_pack.report import Change, Report, WeightAudit
+    from gemma_pack.report import Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class Wording:
 WORDINGS: Final[dict[str, Wording]] = {
     "noise_kl_nats": Wording("noise floor of KL", 4),
     "noise_same_top1_percent": Wording("noise floor of same first choice", 2, higher_is_better=True),
+    "noise_kernel_kl_nats": Wording("noise floor of KL, other attention kernel", 4),
     "ppl_base": Wording("perplexity of the base", 3),
     "ppl_variant": Wording("perplexity of the variant", 3),
     "ppl_increase_percent": Wording("perplexity increase", 2),
@@ -41,6 +44,8 @@ WORDINGS: Final[dict[str, Wording]] = {
     "delta_p_rms_percent": Wording("RMS Δp of the read token", 2),
     "greedy_identical_percent": Wording("identical greedy answers", 1, higher_is_better=True),
     "greedy_divergent_percent": Wording("divergent tokens in greedy answers", 1),
+    "repeated_4grams_percent": Wording("repeated 4-grams in the variant's answers", 1),
+    "unended_answers": Wording("answers that only the base ended", 0),
     "empty_answers": Wording("empty answers", 0),
     "damaged_layers": Wording("damaged layers", 0),
     "altered_tensors": Wording("altered tensors", 0),
@@ -113,7 +118,23 @@ def _remedy(windows: int, needed: int | None) -> str:
     return "a value lies so close to its margin that more windows of this text would not decide it"
 
 
-HEADER: Final = ("measure", "value", "95 % bound", "margin", "verdict")
+def header(report: Report) -> tuple[str, ...]:
+    """Return the titles of the columns of `rows`."""
+    return ("measure", "value", f"{100 * report.method.confidence:g} % bound", "margin", "verdict")
+
+
+def one_line(report: Report, name: str) -> str:
+    """Return the verdict and what it rests on in one line, for logs."""
+    judged = [metric for metric in report.metrics if metric.verdict != "not judged" and metric.bound is not None]
+    measures = [f"{label(m)} {value(m)} ({_signs(m)}{bound(m)[2:]}, margin {margin(m)})" for m in judged]
+    failed = [f"{label(m)} {value(m)}" for m in report.metrics if m.verdict == "fail" and m.bound is None]
+    windows = f"{report.protocol.text.windows} windows of {report.protocol.text.sequence_length} tokens"
+    needed = [f"about {report.windows_needed} would decide"] if report.windows_needed else []
+    return "; ".join([f"{VERDICT_WORDS[report.verdict]} {name}", *failed, *measures, windows, *needed])
+
+
+def _signs(metric: Metric) -> str:
+    return "at least " if is_higher_better(metric) else "at most "
 
 
 AUDIT_HEADER: Final = ("layer", "slope", "expected", "SNR", "worst group")

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from gemma_pack.audit_results import WeightAudit
     from gemma_pack.console import Console
-    from gemma_pack.report import WeightAudit
 
     Tensors = dict[str, torch.Tensor]
 

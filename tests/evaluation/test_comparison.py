@@ -9,7 +9,7 @@ import pytest
 
 from gemma_pack.errors import InvalidUsageError
 from gemma_pack.evaluation.comparison import compare_reports
-from gemma_pack.report import Report, WindowSums
+from gemma_pack.report import KernelNoise, Report, WindowSums
 from tests.records import text_record
 from tests.reports.reports import make_report
 
@@ -53,6 +53,14 @@ def test_less_than_the_noise_floor_is_no_change() -> None:
     found = compare_reports(run(0.1, spread=0), run(0.1005, spread=0))
     assert found.changes[0].lower > 0
     assert found.changes[0].outcome == "no change shown"
+
+
+def test_another_kernels_noise_counts_too() -> None:
+    old, new = run(0.1), run(0.11)
+    kernel = KernelNoise(attention="eager", kl_nats=0.02, same_top1=0.98, ln_ratio=0.0)
+    floor = new.noise_floor.model_copy(update={"kernel": kernel})
+    assert compare_reports(old, new).regressed
+    assert not compare_reports(old, new.model_copy(update={"noise_floor": floor})).regressed
 
 
 @pytest.mark.parametrize(("same", "outcome"), [(0.79, "regressed"), (0.87, "improved"), (0.82, "no change shown")])

@@ -110,6 +110,17 @@ def test_the_noise_floor_is_what_another_batch_size_costs(trained: Path, evaluat
     assert 0 <= noise.kl_nats < 0.01
     assert noise.same_top1 > 0.95
     assert abs(noise.ln_ratio) < 0.01
+    assert noise.kernel is not None
+    assert noise.kernel.attention == "eager"
+    assert 0 < noise.kernel.kl_nats < 0.01
+    assert noise.kernel.same_top1 > 0.95
+    assert model.module.config._attn_implementation == "sdpa"  # as it was
+
+
+def test_gemma_2_has_one_kernel(tiny_checkpoints: Callable[..., Path]) -> None:
+    model = load(tiny_checkpoints("gemma2"), "base", "cpu")
+    ids = np.random.default_rng(0).integers(10, 500, (4, 20), np.int32)
+    assert measure_noise(model, ids).kernel is None
 
 
 class Crowded:

@@ -113,6 +113,23 @@ def test_so_many_windows_do_decide() -> None:
     assert 0.7 <= decided <= 0.9
 
 
+def test_a_second_look_makes_no_verdict_less_sure() -> None:
+    """A variant exactly at its margin passes wrongly at most as often as one look at 95 % would let it."""
+    generator = np.random.default_rng(5)
+    wrong = {0.95: 0, 0.975: 0}
+    trials = 400
+    for _ in range(trials):
+        costs = generator.gamma(4, 0.25, 96)  # mean 1, the margin
+        for confidence in wrong:
+            for windows in (32, 96):
+                bounds = block_bootstrap(costs[:windows], np.ones(windows), seed=0, draws=1000, confidence=confidence)
+                if bounds.upper <= 1 or bounds.lower > 1:
+                    wrong[confidence] += bounds.upper <= 1
+                    break
+    assert wrong[0.975] / trials <= 0.05
+    assert wrong[0.95] > wrong[0.975]  # why each look has half of the 5 %
+
+
 def test_what_lies_on_its_margin_is_never_decided() -> None:
     assert windows_to_decide(Bounds(0.03, 0.02, 0.04, 0.005), 0.03, 32) is None
     assert windows_to_decide(Bounds(0.03, 0.02, 0.04, 0.005), 0.0300001, 32) is None

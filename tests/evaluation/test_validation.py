@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from gemma_pack.build import validate_variant
-from gemma_pack.errors import CheckpointError, InvalidUsageError, MachineError, TextError
-from gemma_pack.evaluation import profiles
+from gemma_pack.errors import CheckpointError, InvalidUsageError, MachineError, QuantizationError, TextError
+from gemma_pack.evaluation import likelihood, profiles, resident
 from gemma_pack.evaluation.engines import in_process
 from gemma_pack.evaluation.profiles import Profile
 from gemma_pack.record import read_record
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from gemma_pack.console import Console
     from gemma_pack.report import Report
 
+FEW = Profile("few", windows=8, sequence_length=64, prompts=1, answer_tokens=4)
 TINY = Profile("tiny", windows=40, sequence_length=64, prompts=3, answer_tokens=8)
 
 
@@ -106,8 +109,7 @@ def test_a_sharper_gate_can_be_named(
 def test_too_few_windows_are_undecided_and_say_how_many_would_do(
     make_variant: Callable[..., Path], run_validation: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = Profile("few", windows=8, sequence_length=64, prompts=1, answer_tokens=4)
-    monkeypatch.setitem(profiles.PROFILES, "few", few)
+    monkeypatch.setitem(profiles.PROFILES, "few", FEW)
     report = run_validation(make_variant(noise(0.01)), profile_name="few")
     assert report.verdict == "undecided"
     assert report.windows_needed == 32
@@ -191,9 +193,115 @@ def test_what_does_not_fit_into_memory_is_said_before_loading(
     make_variant: Callable[..., Path], run_validation: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(in_process, "_free_bytes", lambda _: 500_000_000)
-    with pytest.raises(MachineError, match=r"need 1\.00 GB together, and cpu has 500\.00 MB free") as caught:
+    with pytest.raises(MachineError, match=r"need 1\.00 GB on cpu, which has 500\.00 MB free") as caught:
         run_validation(make_variant())
     assert caught.value.exit_code == 12
+
+
+def test_where_one_fits_and_two_do_not_the_figures_are_the_same(
+    make_variant: Callable[..., Path],
+    run_validation: Callable[..., Report],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    variant = make_variant(noise(0.1))
+    together = run_validation(variant)
+    room = in_process.ROOM_BYTES + int(1.5 * together.base.size_bytes)
+    monkeypatch.setattr(in_process, "_free_bytes", lambda _: room)
+    apart = run_validation(variant)
+    assert together.engine.spilled is None
+    assert apart.engine.spilled is not None
+    assert (apart.engine.spilled.kl_nats, apart.engine.spilled.nll_nats) == (0, 0)
+    states_bytes = 40 * 64 * 128 * 2
+    assert states_bytes < apart.engine.spilled.size_bytes < 1.1 * states_bytes
+    same = ("windows", "likelihood", "divergence", "noise_floor", "protocol")
+    assert [getattr(apart, name) for name in same] == [getattr(together, name) for name in same]
+    assert apart.parity.identical_share == together.parity.identical_share
+    assert apart.parity.divergent_share == pytest.approx(together.parity.divergent_share, abs=0.06)
+    assert not (tmp_path / "report.partial").exists()
+
+
+@pytest.mark.parametrize("module", ["model.layers.1.mlp.up_proj", "model.norm"])
+def test_nan_in_a_base_that_makes_room_names_the_layer(trained: Path, tmp_path: Path, module: str) -> None:
+    import torch
+
+    from gemma_pack.evaluation.resident import SpilledBase
+
+    model = in_process.load(trained, "base", "cpu")
+    with torch.no_grad():
+        model.module.get_submodule(module).weight.flatten()[3] = float("nan")
+    with pytest.raises(QuantizationError, match=f"the base computes NaN or infinity, first in {module}"):
+        SpilledBase(model, tmp_path / "states").keep(np.arange(24, dtype=np.int32).reshape(2, 12))
+
+
+@pytest.mark.parametrize("fits", ["both", "one"])
+def test_an_undecided_run_takes_more_windows_once(
+    make_variant: Callable[..., Path], run_validation: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, fits: str
+) -> None:
+    monkeypatch.setitem(profiles.PROFILES, "few", FEW)
+    if fits == "one":
+        monkeypatch.setattr(in_process, "_free_bytes", lambda _: in_process.ROOM_BYTES + 1_500_000)
+    variant = make_variant(noise(0.01))
+    read: list[int] = []
+    monkeypatch.setattr(resident, "score", lambda b, v, ids, r: read.append(len(ids)) or likelihood.score(b, v, ids, r))
+    report = run_validation(variant, profile_name="few", extend=True)
+    assert report.verdict == "pass"
+    assert report.windows_needed is None
+    assert report.method.confidence == 0.975
+    assert report.protocol.first_look_windows == 8
+    assert (report.protocol.text.windows, len(report.windows), sum(read)) == (32, 32, 32)
+    assert read == [8, 24]  # none twice
+    whole = run_validation(variant, profile_name="few", extend=False, margins={})
+    assert whole.verdict == "undecided"
+    assert whole.method.confidence == 0.95
+
+
+def test_a_text_without_more_windows_leaves_it_undecided(
+    make_variant: Callable[..., Path],
+    run_validation: Callable[..., Report],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setitem(profiles.PROFILES, "few", FEW)
+    (tmp_path / "short.txt").write_text("the weight of the model is not in the layer " * 12)
+    report = run_validation(
+        make_variant(noise(0.01)), profile_name="few", text=str(tmp_path / "short.txt"), extend=True
+    )
+    assert report.verdict == "undecided"
+    assert report.protocol.first_look_windows is None
+
+
+def test_margins_can_be_given_and_the_report_says_so(
+    make_variant: Callable[..., Path], run_validation: Callable[..., Report]
+) -> None:
+    variant = make_variant(noise(0.05))
+    report = run_validation(variant, margins={"kl_nats": 1e-7})
+    assert report.verdict == "fail"
+    assert report.gate is not None
+    assert report.gate.margins == {"ppl_increase_percent": 3, "kl_nats": 1e-7, "same_top1_percent": 90}
+    assert report.gate.overridden == ("kl_nats",)
+    with pytest.raises(InvalidUsageError, match="no measure named speed") as caught:
+        run_validation(variant, margins={"speed": 1})
+    assert "ppl_increase_percent" in (caught.value.hint or "")
+    with pytest.raises(InvalidUsageError, match="kl_nats cannot be -1"):
+        run_validation(variant, margins={"kl_nats": -1})
+
+
+def test_the_papers_perplexity_is_reported_and_not_judged(
+    make_variant: Callable[..., Path], run_validation: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [" the weight of the model is not in the layer", "", " by the scale of this block"] * 40
+    monkeypatch.setattr("gemma_pack.wikitext2.read_wikitext2", lambda **_: lines)
+    monkeypatch.setattr("gemma_pack.texts.GPTQ_TOKENS", 128)
+    variant = make_variant(noise(0.3))
+    plain, both = run_validation(variant), run_validation(variant, gptq_protocol=True)
+    assert both.other_protocols is not None
+    [found] = both.other_protocols
+    assert (found.name, found.text.sequence_length) == ("wikitext2-gptq", 128)
+    assert found.tokens == found.text.windows * 127
+    assert found.ppl_variant / found.ppl_base == pytest.approx(math.exp(found.ln_ratio.value))
+    assert both.metrics == plain.metrics
+    assert both.verdict == plain.verdict
 
 
 def test_float16_is_refused(make_variant: Callable[..., Path], run_validation: Callable[..., Report]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from gemma_pack.checkpoint import read_json
 from gemma_pack.console import format_bytes
 from gemma_pack.errors import CheckpointError, MachineError, QuantizationError
-from gemma_pack.gemma import attention_implementation, require_bfloat16
+from gemma_pack.gemma import attention_implementation, other_attention, require_bfloat16
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,11 +42,12 @@ class Model:
     `role` is how errors name it: `base` or `variant`.
     """
 
-    def __init__(self, module: Any, role: str, attention: str) -> None:  # noqa: ANN401 - a transformers model
-        """Take a transformers model with an output head, in evaluation mode."""
+    def __init__(self, module: Any, role: str, attention: str, other_attention: str | None = None) -> None:  # noqa: ANN401 - a transformers model
+        """Take a transformers model with an output head, in evaluation mode, and the names of attention kernels."""
         self.module = module
         self.role = role
         self.attention = attention
+        self.other_attention = other_attention
         text = module.config.get_text_config()
         self._soft_cap: float | None = getattr(text, "final_logit_softcapping", None)
         self._ends = _end_tokens(module)
@@ -61,6 +62,19 @@ class Model:
         """Return the decoder's last hidden states, bf16 [batch, length, hidden], for int64 ids [batch, length]."""
         states: Tensor = self.module.model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
         return states
+
+    @contextlib.contextmanager
+    def attending(self, attention: str) -> Iterator[None]:
+        """Use another attention kernel until the block ends."""
+        self.module.set_attn_implementation(attention)
+        try:
+            yield
+        finally:
+            self.module.set_attn_implementation(self.attention)
+
+    def keep_head_alone(self) -> None:
+        """Free the decoder; `head` and `finish` go on working, and so does what else the head is tied to."""
+        self.module.model = None
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return bf16 logits [tokens, vocabulary] for hidden states [tokens, hidden], before the final soft-cap."""
@@ -176,16 +190,21 @@ def load(directory: Path, role: str, device: str) -> Model:
     except (ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"transformers cannot load {directory}: {reason}") from error
-    return Model(module.eval(), role, attention)
+    return Model(module.eval(), role, attention, other_attention(raw))
+
+
+def fits_memory(size_bytes: int, device: str) -> bool:
+    """Say whether `size_bytes` of weights and the room to score fit on `device`, as far as the system says."""
+    available = _free_bytes(device)
+    return available is None or size_bytes + ROOM_BYTES <= available
 
 
 def require_memory(size_bytes: int, device: str) -> None:
     """Raise MachineError unless `size_bytes` of weights and the room to score fit on `device`."""
-    needed = size_bytes + ROOM_BYTES
-    available = _free_bytes(device)
-    if available is not None and available < needed:
+    if not fits_memory(size_bytes, device):
         raise MachineError(
-            f"base and variant need {format_bytes(needed)} together, and {device} has {format_bytes(available)} free",
+            f"the models need {format_bytes(size_bytes + ROOM_BYTES)} on {device}, which has "
+            f"{format_bytes(_free_bytes(device) or 0)} free",
             hint="validate on a machine with more memory",
         )
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS: Final = 2048
 """Tokens of one forward pass, padding included."""
+ANSWERED_AT_ONCE: Final = 16
+"""Prompts that are answered together."""
 HEAD_TOKENS: Final = 32
 """Tokens whose logits are held at once: 34 MB of a vocabulary of 262,144."""
 
@@ -114,11 +116,12 @@ class ResidentReader:
         return [readings[place] for place in range(len(sequences))]
 
     def answers(self, prompts: Sequence[Sequence[int]], limit: int) -> list[Answer]:
-        """Return the greedy continuations of `prompts`."""
+        """Return the greedy continuations of `prompts`, answered a few at once."""
         import torch
 
+        parts = [prompts[begin : begin + ANSWERED_AT_ONCE] for begin in range(0, len(prompts), ANSWERED_AT_ONCE)]
         with torch.inference_mode():
-            return self.model.answers(prompts, limit)
+            return [answer for part in parts for answer in self.model.answers(part, limit)]
 
     def describe(self) -> Engine:
         """Return what the report says of the engine."""
