@@ -1,20 +1,35 @@
-"""Damage that a variant can be made to have, for the tests and for bench/damage.py: what a validation must catch.
+"""Damage that a variant can be made to have, and which measure of a validation catches it.
 
-Each changes the tensors of a quantized checkpoint, given by name, in place.
+    python bench/damages.py BASE FP8 W4A16 WORK
+
+plants each damage in the two variants of BASE, validates them (32 windows of 512 tokens) in the directory WORK, and
+writes what caught what, with figures, to bench/results/damages.json. The functions change the tensors of a quantized
+checkpoint, given by name, in place; the tests use them, too.
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime as dt
+import json
 import shutil
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from torch import Tensor
 
+    from gemma_pack.report import Report
+
     Tensors = dict[str, Tensor]
+
+RESULTS = Path(__file__).parent / "results" / "damages.json"
+MIDDLE, FIRST = "model.layers.9", "model.layers.0"
+HEAD_DIM = 256
+"""Of Gemma 3 270M."""
 
 
 def damaged_copy(variant: Path, target: Path, damage: Callable[[Tensors], None]) -> Path:
@@ -83,3 +98,119 @@ def round_norms(tensors: Tensors) -> None:
 
 def _scales(tensors: Tensors, prefix: str) -> list[str]:
     return sorted(name for name in tensors if name.startswith(prefix) and name.endswith(".weight_scale"))
+
+
+PLANTED: dict[str, Callable[[Tensors], None]] = {
+    "none": dict.copy,
+    "honest noise: every scale x (1 + 0.2 %), what bf16 itself rounds by": partial(
+        disturb_scales, prefix="model.", share=0.002
+    ),
+    "one module's scales x 1.03": partial(rescale, layer=f"{MIDDLE}.mlp.down_proj", factor=1.03),
+    "two heads of q_proj swapped": partial(swap_heads, layer=f"{MIDDLE}.self_attn.q_proj", head_dim=HEAD_DIM),
+    "gate_proj and up_proj exchanged": partial(
+        exchange, layer=f"{MIDDLE}.mlp.gate_proj", other=f"{MIDDLE}.mlp.up_proj"
+    ),
+    "one layer's groups shifted by one": partial(shift_groups, prefix=f"{MIDDLE}."),
+    "50 % noise on one layer's scales": partial(disturb_scales, prefix=f"{MIDDLE}.", share=0.5),
+    "10 % noise on the first layer's scales": partial(disturb_scales, prefix=f"{FIRST}.", share=0.1),
+    "norms rounded": round_norms,
+}
+
+
+def judge(base: Path, variant: Path, work: Path) -> Report:
+    """Validate one variant, with few prompts: what they say is not what is measured here."""
+    from gemma_pack.build import validate_variant
+    from gemma_pack.console import Console
+    from gemma_pack.evaluation.profiles import PROFILES, Profile
+
+    PROFILES["damages"] = Profile("damages", windows=32, sequence_length=512, prompts=2, answer_tokens=4)
+    return validate_variant(
+        variant,
+        work / "report",
+        against=str(base),
+        profile_name="damages",
+        text="builtin",
+        device="cpu",
+        offline=True,
+        reporter=Console("quiet"),
+    )
+
+
+def describe(report: Report, clean: Report | None) -> dict[str, Any]:
+    """Return what each measure says of a damaged variant; `clean` is the report on it before."""
+    from gemma_pack.evaluation.comparison import compare_reports
+
+    costs = {metric.name: metric for metric in report.metrics}
+    kl = costs["kl_nats"]
+    audit = report.audit
+    changes = compare_reports(clean, report) if clean else None
+    return {
+        "kl_nats": kl.value,
+        "kl_bound": kl.bound,
+        "kl_margin": kl.margin,
+        "ppl_increase_percent": costs["ppl_increase_percent"].value,
+        "gate_of_costs": {n: costs[n].verdict for n in ("ppl_increase_percent", "kl_nats", "same_top1_percent")},
+        "audit": [f"{m.name}: {m.problem}" for m in audit.modules if m.problem] if audit else [],
+        "altered": len(audit.altered) if audit else 0,
+        "paired": {c.name: [c.outcome, c.difference, c.lower, c.upper, c.noise] for c in changes.changes}
+        if changes
+        else {},
+    }
+
+
+def check_bos_and_template(base: Path, variant: Path, work: Path) -> dict[str, str]:
+    """Return what the check of <bos> says of windows that lost theirs, and what another chat template meets."""
+    from gemma_pack.errors import GemmaPackError
+    from gemma_pack.evaluation.comparable import require_same_language
+    from gemma_pack.evaluation.engines.in_process import load
+    from gemma_pack.evaluation.likelihood import check_bos
+    from gemma_pack.texts import load_windows
+
+    said = {}
+    model = load(base, "base", "cpu")
+    ids = load_windows("builtin", "evaluation", base, samples=2, sequence_length=512, seed=0).ids
+    found = check_bos(model, ids)
+    said["with <bos>"] = f"perplexity {found.with_bos:.2f} with, {found.without_bos:.2f} without"
+    other = work / "other-template"
+    shutil.copytree(variant, other)
+    (other / "chat_template.jinja").write_text("{{ messages }}", "utf-8")
+    for name, check in {
+        "<bos> missing": lambda: check_bos(model, ids[:, 1:]),
+        "another chat template": lambda: require_same_language(other, base),
+    }.items():
+        try:
+            check()
+            said[name] = "not caught"
+        except GemmaPackError as error:
+            said[name] = f"exit {error.exit_code}: {error.message}"
+    return said
+
+
+def main() -> None:
+    """Plant every damage, and write what caught it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("base", "fp8", "w4a16", "work"):
+        parser.add_argument(name, type=Path)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True)
+    rows = []
+    for kind, variant in (("fp8", options.fp8), ("w4a16", options.w4a16)):
+        clean: Report | None = None
+        for name, damage in PLANTED.items():
+            place = options.work / "variant"
+            report = judge(options.base, damaged_copy(variant, place, damage), options.work)
+            shutil.rmtree(place)
+            rows.append({"variant": variant.name, "kind": kind, "damage": name, **describe(report, clean)})
+            print(json.dumps(rows[-1]), flush=True)
+            clean = clean or report
+    made = {
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "model": "Gemma 3 270M",
+        "rows": rows,
+        "refusals": check_bos_and_template(options.base, options.w4a16, options.work),
+    }
+    RESULTS.write_text(json.dumps(made, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -21,10 +21,11 @@ class DatasetHub:
     `requests` lists what it was asked; `gated` makes it refuse everything but the dataset's page.
     """
 
-    def __init__(self, name: str, files: Mapping[str, bytes], *, gated: bool = False) -> None:
+    def __init__(self, name: str, files: Mapping[str, bytes], *, gated: bool = False, commit: str = COMMIT) -> None:
         self.name = name
         self.files = files
         self.gated = gated
+        self.commit = commit
         self.requests: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
 
@@ -58,21 +59,21 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.hub
         path = unquote(urlsplit(self.path).path)
         hub.requests.append(f"{self.command} {path}")
-        api, files = f"/api/datasets/{hub.name}", f"/datasets/{hub.name}/resolve/{COMMIT}/"
+        api, files = f"/api/datasets/{hub.name}", f"/datasets/{hub.name}/resolve/{hub.commit}/"
         if hub.gated and path.startswith(api):
             self._send(b"{}", status=403, **{"X-Error-Code": "GatedRepo"})
         elif path == api or path.startswith(f"{api}/revision/"):
             siblings = [{"rfilename": name} for name in hub.files]
-            self._json({"id": hub.name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False})
-        elif path.startswith(f"{api}/tree/{COMMIT}"):
+            self._json({"id": hub.name, "sha": hub.commit, "siblings": siblings, "tags": [], "private": False})
+        elif path.startswith(f"{api}/tree/{hub.commit}"):
             self._json([self._entry(name) for name in hub.files])
-        elif path.startswith(f"{api}/paths-info/{COMMIT}"):
+        elif path.startswith(f"{api}/paths-info/{hub.commit}"):
             asked = json.loads(body)["paths"] if body.startswith(b"{") else []
             self._json([self._entry(name) for name in hub.files if name in asked])
         elif path.startswith(files) and path.removeprefix(files) in hub.files:
             content = hub.files[path.removeprefix(files)]
             etag = hashlib.sha256(content).hexdigest()
-            self._send(content, **{"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+            self._send(content, **{"ETag": f'"{etag}"', "X-Repo-Commit": hub.commit})
         else:
             self._send(
                 b"{}", status=404, **{"X-Error-Code": "EntryNotFound" if "/resolve/" in path else "RepoNotFound"}

@@ -86,7 +86,7 @@ def test_an_image_is_judged_by_digest_and_the_report_attached_to_it(
     [place] = (tmp_path / "cache" / "images").iterdir()
     cached = json.loads((place / "checkpoint" / "gemma-pack.json").read_text())
     assert "validation" not in cached  # what judges writes into a copy
-    assert sorted(path.name for path in place.iterdir()) == ["checkpoint", "files.json"]
+    assert sorted(path.name for path in place.glob("[!.]*")) == ["checkpoint", "files.json"]
 
 
 def test_a_cached_image_is_not_fetched_again_and_a_changed_one_is(
@@ -98,7 +98,7 @@ def test_a_cached_image_is_not_fetched_again_and_a_changed_one_is(
     assert validate(reference, trained, "--no-attach", "--format", "json") == 0
     assert json.loads(capsys.readouterr().out)["verdict"] == "pass"
     [place] = (tmp_path / "cache" / "images").iterdir()
-    weights = place / "checkpoint" / "model.safetensors"
+    weights = next((place / "checkpoint").glob("*.safetensors"))
     inode, content = weights.stat().st_ino, weights.read_bytes()
     assert validate(reference, trained, "--no-attach") == 0
     assert "signed by nobody" in capsys.readouterr().out

@@ -8,43 +8,12 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from gemma_pack.report import (
-    GateUsed,
-    KernelNoise,
-    OtherProtocol,
-    Report,
-    Spilled,
-    json_schema,
-    read_report,
-)
-from tests.records import text_record
-from tests.reports.reports import estimate, make_report
+from gemma_pack.report import Report, json_schema, read_report
+from tests.reports.reports import full_report, make_report
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "gemma_pack/reports/report.schema.json"
 GOLDEN = Path(__file__).parent / "golden"
-
-
-def full_report() -> Report:
-    plain = make_report()
-    kernel = KernelNoise(attention="eager", kl_nats=0.001, same_top1=0.98, ln_ratio=0.0)
-    spilled = Spilled(size_bytes=1000, kl_nats=0.0, nll_nats=0.0)
-    paper = OtherProtocol(
-        name="wikitext2-gptq",
-        text=text_record(),
-        tokens=2047,
-        ppl_base=70,
-        ppl_variant=71,
-        ln_ratio=estimate(0.01, 0.001),
-    )
-    return plain.model_copy(
-        update={
-            "noise_floor": plain.noise_floor.model_copy(update={"kernel": kernel}),
-            "engine": plain.engine.model_copy(update={"spilled": spilled}),
-            "gate": GateUsed(recipe="w4a16", margins={"kl_nats": 0.05}, overridden=("kl_nats",)),
-            "other_protocols": (paper,),
-        }
-    )
 
 
 def test_the_schema_that_is_published_is_that_of_the_code():

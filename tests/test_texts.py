@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gemma_pack import wikitext2
 from gemma_pack.errors import CheckpointError, OfflineError, TextError
 from gemma_pack.text_sources import builtin_halves, require_text
 from gemma_pack.texts import load_windows
@@ -272,6 +274,68 @@ def test_a_dataset_is_pinned_to_the_hubs_commit_and_found_again_offline(
     other = load(url, f"someone/corpus@{'e' * 40}", "offline")
     assert other.returncode == 14
     assert f"the cache has someone/corpus at {COMMIT}" in other.stdout
+
+
+WIKITEXT2 = """
+import sys
+from pathlib import Path
+from gemma_pack import texts, wikitext2
+from gemma_pack.errors import GemmaPackError
+wikitext2.SHA256, offline = sys.argv[2], sys.argv[3] == "offline"
+texts.GPTQ_TOKENS = 64
+try:
+    tokenizer = Path(sys.argv[1])
+    shape = {"samples": 9, "sequence_length": 64, "seed": 0}
+    ours = texts.load_windows("wikitext2", "evaluation", tokenizer, **shape, offline=offline)
+    papers = texts.load_gptq_windows(tokenizer, offline=offline)
+    print(ours.record.spec)
+    print(*ours.ids.ravel())
+    print(*papers.ids.ravel())
+    print(*papers.text_bytes)
+except GemmaPackError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+def test_wikitext2_is_pinned_and_cut_by_both_protocols(tokenizer: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+    from tokenizers import Tokenizer
+
+    lines = ["", " = A title = \n", "", *(f" Line {number} of the text , with words . \n" for number in range(40))]
+    parquet.write_table(pa.table({"text": lines}), tmp_path / "test.parquet")
+    content = (tmp_path / "test.parquet").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+
+    def run(url: str, digest: str, network: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+        environment.pop("HF_HUB_OFFLINE", None)
+        command = [sys.executable, "-c", WIKITEXT2, str(tokenizer), digest, network]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+    with DatasetHub(wikitext2.REPOSITORY, {wikitext2.FILE: content}, commit=wikitext2.COMMIT) as url:
+        missing = run(url, digest, "offline")
+        assert missing.returncode == 14
+        assert "WikiText-2 is out of reach and not in the cache" in missing.stdout
+        found = run(url, digest, "online")
+        assert found.returncode == 0, found.stderr
+        assert run(url, digest, "offline").stdout == found.stdout
+        other = run(url, "0" * 64, "offline")
+        assert other.returncode == 1
+        assert f"sha256 {digest[:16]}…, not 0000000000000000…" in other.stdout
+    spec, ours, papers, text_bytes = found.stdout.splitlines()
+    assert spec == wikitext2.ORIGIN
+    tok = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    bos = tok.token_to_id("<bos>")
+    stream = tok.encode("\n\n".join(lines), add_special_tokens=False).ids
+    read = [int(token) for token in papers.split()]
+    assert read == [bos, *stream][: len(read)]
+    assert len(read) == (len(stream) + 1) // 64 * 64
+    firsts = {int(token) for token in ours.split()[::64]}
+    assert firsts == {bos}
+    assert ours.split().count(str(bos)) == 9
+    assert sum(map(int, text_bytes.split())) <= len("\n\n".join(lines))
 
 
 def test_a_dataset_with_other_columns_is_refused(load: Callable[..., subprocess.CompletedProcess[str]]) -> None:

@@ -1,4 +1,4 @@
-"""`gemma-pack report`: what changed between two validations on the same windows."""
+"""`gemma-pack report`: what changed between two validations on the same windows, or one in another form."""
 
 from __future__ import annotations
 
@@ -18,16 +18,26 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   gemma-pack report old.report new.report
-  gemma-pack report released/report.json gemma-3-270m-quantized.w4a16.report --format json""",
+  gemma-pack report released/report.json gemma-3-270m-quantized.w4a16.report --format json
+  gemma-pack report gemma-3-270m-quantized.w4a16.report --as line""",
 )
-@click.argument("old", type=click.Path(path_type=Path))
-@click.argument("new", type=click.Path(path_type=Path))
+@click.argument("old", type=click.Path(path_type=Path), metavar="REPORT")
+@click.argument("new", type=click.Path(path_type=Path), metavar="[NEW]", required=False)
+@click.option(
+    "--as",
+    "form",
+    type=click.Choice(["line", "markdown", "html", "junit"]),
+    default="line",
+    show_default=True,
+    help="The form of a single report.",
+)
 @with_console
-def command(old: Path, new: Path, console: Console) -> None:
-    """Compare two validations, and fail on a regression.
+def command(old: Path, new: Path | None, form: str, console: Console) -> None:
+    """Compare two validations, and fail on a regression; or print one of them.
 
-    OLD and NEW are report.json files, or directories with one, of the same windows of the same base. A measure has
-    changed when the 95 % bound of the paired difference is beyond what bf16 arithmetic does by itself.
+    REPORT and NEW are report.json files, or directories with one. Two must be of the same windows of the same base: a
+    measure has changed when the 95 % bound of the paired difference is beyond what bf16 arithmetic does by itself.
+    A single one is printed as a line for a log, or as the pages that validate wrote beside it.
 
     \b
     Exit codes: 0 no regression, 10 the new variant is worse.
@@ -37,8 +47,13 @@ def command(old: Path, new: Path, console: Console) -> None:
     from gemma_pack.evaluation.comparison import compare_reports
     from gemma_pack.report import read_report
     from gemma_pack.reports import wording
+    from gemma_pack.reports.writing import render
 
-    changes = compare_reports(read_report(old), read_report(new))
+    before = read_report(old)
+    if new is None:
+        console.result(before, render(before, form, (old if old.is_dir() else old.parent).resolve().stem))
+        return
+    changes = compare_reports(before, read_report(new))
     console.result(changes, table(wording.change_rows(changes.changes), header=wording.CHANGE_HEADER))
     if changes.regressed:
         worse = [wording.change_label(change) for change in changes.changes if change.outcome == "regressed"]

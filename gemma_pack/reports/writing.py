@@ -9,6 +9,7 @@ from gemma_pack.report import REPORT_NAME
 from gemma_pack.reports.html import render_html
 from gemma_pack.reports.junit import render_junit
 from gemma_pack.reports.markdown import render_markdown
+from gemma_pack.reports.wording import one_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,6 +33,12 @@ def append_summary(report: Report, path: Path, name: str) -> None:
         markdown = markdown.partition("\n## ")[0] + "\n"
     with path.open("a", encoding="utf-8") as stream:
         stream.write(markdown)
+
+
+def render(report: Report, form: str, name: str) -> str:
+    """Return the report on the variant called `name` as `line`, `markdown`, `html` or `junit`."""
+    forms = {"line": one_line, "markdown": render_markdown, "html": render_html, "junit": render_junit}
+    return forms[form](report, name).rstrip("\n")
 
 
 def write_reports(report: Report, directory: Path, name: str) -> None:

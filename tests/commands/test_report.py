@@ -42,6 +42,19 @@ def test_a_file_is_as_good_as_its_directory(reports: tuple[str, str]) -> None:
     assert run(["report", reports[0] + "/report.json", reports[0]]) == 0
 
 
+@pytest.mark.parametrize(
+    ("form", "begins"),
+    [("line", "PASS old; "), ("markdown", "# PASS: old"), ("html", "<!doctype html>"), ("junit", "<?xml")],
+)
+def test_a_single_report_is_printed(
+    reports: tuple[str, str], capsys: pytest.CaptureFixture[str], form: str, begins: str
+) -> None:
+    assert run(["report", reports[0], "--as", form]) == 0
+    out = capsys.readouterr().out
+    assert begins in out[: len(begins) + 40]
+    assert (out.count("\n") == 1) == (form == "line")
+
+
 def test_a_missing_report_exits_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["report", str(tmp_path), str(tmp_path)]) == 1
     assert "run gemma-pack validate" in capsys.readouterr().err

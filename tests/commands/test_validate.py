@@ -76,6 +76,16 @@ def test_options_arrive(given: dict[str, object], monkeypatch: pytest.MonkeyPatc
     assert (given["text"], given["seed"], given["against"], given["offline"]) == ("a.txt", 4, "demo", True)
 
 
+def test_margins_and_a_second_look_arrive(given: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--gate", "kl_nats=0.02", "--gate", "ppl_increase_percent=1.5", "--extend", "--also", "wikitext2-gptq"]
+    assert run(["validate", "variant", *more]) == 0
+    assert given["margins"] == {"kl_nats": 0.02, "ppl_increase_percent": 1.5}
+    assert (given["extend"], given["gptq_protocol"]) == (True, True)
+    capsys.readouterr()
+    assert run(["validate", "variant", "--gate", "kl_nats"]) == 2
+    assert "kl_nats is no margin" in capsys.readouterr().err
+
+
 def test_github_gets_a_summary(given: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     given["report"] = with_verdict("fail")
@@ -85,5 +95,7 @@ def test_github_gets_a_summary(given: dict[str, object], monkeypatch: pytest.Mon
 
 def test_the_help_states_the_profiles_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     run(["validate", "--help"])
-    found = re.findall(r"(\w+) +(\d+) windows of +(\d+) tokens, +(\d+) prompts", capsys.readouterr().out)
-    assert found == [(p.name, str(p.windows), str(p.sequence_length), str(p.prompts)) for p in PROFILES.values()]
+    line = r"(\w+) +(\d+) windows of +(\d+) tokens, +(\d+) prompts, +(\d+) scored, +[\d.]+ min"
+    found = re.findall(line, capsys.readouterr().out)
+    expected = [(p.name, p.windows, p.sequence_length, p.prompts, p.tokens) for p in PROFILES.values()]
+    assert found == [(name, *map(str, numbers)) for name, *numbers in expected]

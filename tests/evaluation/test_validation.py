@@ -263,7 +263,7 @@ def test_a_text_without_more_windows_leaves_it_undecided(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setitem(profiles.PROFILES, "few", FEW)
-    (tmp_path / "short.txt").write_text("the weight of the model is not in the layer " * 12)
+    (tmp_path / "short.txt").write_text("the weight of the model is not in the layer " * 40)
     report = run_validation(
         make_variant(noise(0.01)), profile_name="few", text=str(tmp_path / "short.txt"), extend=True
     )

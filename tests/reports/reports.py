@@ -13,16 +13,20 @@ from gemma_pack.report import (
     Divergence,
     Engine,
     Estimate,
+    GateUsed,
     HistogramBin,
+    KernelNoise,
     KindMean,
     Likelihood,
     Method,
     NoiseFloor,
+    OtherProtocol,
     Parity,
     PositionBin,
     PromptParity,
     Protocol,
     Report,
+    Spilled,
     Subject,
     TokenSpot,
     WindowSums,
@@ -149,6 +153,29 @@ def make_report(**changes: Any) -> Report:
         ),
     }
     return Report.model_validate(fields | changes)
+
+
+def full_report() -> Report:
+    """Return a report that has all that version 2 added."""
+    plain = make_report()
+    kernel = KernelNoise(attention="eager", kl_nats=0.001, same_top1=0.98, ln_ratio=0.0)
+    spilled = Spilled(size_bytes=1000, kl_nats=0.0, nll_nats=0.0)
+    paper = OtherProtocol(
+        name="wikitext2-gptq",
+        text=text_record(),
+        tokens=2047,
+        ppl_base=70,
+        ppl_variant=71,
+        ln_ratio=estimate(0.01, 0.001),
+    )
+    return plain.model_copy(
+        update={
+            "noise_floor": plain.noise_floor.model_copy(update={"kernel": kernel}),
+            "engine": plain.engine.model_copy(update={"spilled": spilled}),
+            "gate": GateUsed(recipe="w4a16", margins={"kl_nats": 0.05}, overridden=("kl_nats",)),
+            "other_protocols": (paper,),
+        }
+    )
 
 
 def write_validation(directory: Path, **changes: Any) -> Report:

@@ -10,10 +10,12 @@ import pytest
 from gemma_pack.errors import GemmaPackError
 from gemma_pack.record import Metric
 from gemma_pack.report import read_report
+from gemma_pack.reports.html import render_html
 from gemma_pack.reports.markdown import render_markdown, worst_prompts
 from gemma_pack.reports.templating import compact, markdown_cell
+from gemma_pack.reports.wording import one_line
 from gemma_pack.reports.writing import SUMMARY_BYTES, append_summary, write_reports
-from tests.reports.reports import answer, make_report
+from tests.reports.reports import answer, full_report, make_report
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,6 +90,29 @@ def test_a_report_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "report" / "report.md").read_text() == render_markdown(report, NAME)
 
 
+def test_one_line_has_verdict_measures_and_windows() -> None:
+    line = one_line(make_report(), "gemma")
+    assert line.startswith("PASS gemma; perplexity increase ")
+    assert "margin ≤" in line
+    assert line.endswith("windows of 512 tokens")
+    assert "\n" not in line
+    undecided = make_report(verdict="undecided", windows_needed=90)
+    assert one_line(undecided, "gemma").endswith("; about 90 would decide")
+
+
+def test_what_is_new_in_version_2_is_said() -> None:
+    rendered = [render_markdown(full_report(), "gemma"), html_text(render_html(full_report(), "gemma"))]
+    for text in rendered:
+        assert "once more with eager attention" in text
+        assert "but kl_nats, given with --gate" in text
+        assert "perplexity 70.000 of the base, 71.000 of the variant, by the protocol of papers" in text
+        assert "one model after the other" in text
+
+
+def html_text(page: str) -> str:
+    return re.sub(r"<[^>]*>", "", page)
+
+
 def test_a_step_summary_is_appended_to_and_keeps_its_limit(tmp_path: Path) -> None:
     path = tmp_path / "summary.md"
     report = make_report()
@@ -105,7 +130,7 @@ def test_a_step_summary_is_appended_to_and_keeps_its_limit(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [(None, "there is no"), (b"{", "no valid report"), (b'{"schema_version": 2}', "schema_version")],
+    [(None, "there is no"), (b"{", "no valid report"), (b'{"schema_version": 3}', "schema_version")],
 )
 def test_a_broken_report_is_a_sentence(tmp_path: Path, content: bytes | None, sentence: str) -> None:
     path = tmp_path / "report.json"

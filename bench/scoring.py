@@ -1,0 +1,148 @@
+"""Tokens a second: our scoring of base and variant, with KL, beside lm-evaluation-harness's rolling perplexity.
+
+    python bench/scoring.py BASE VARIANT [--windows 16] [--length 512] [--repeats 3]
+
+The same text, cut alike, on the same machine in the same run. The harness scores one model (`HFLM`, its
+`loglikelihood_rolling`, as its wikitext task does) in bf16, with the better of two batch sizes; ours scores two models
+and the divergence of the whole vocabulary. Loading is left out of both. Each contender has a process of its own;
+peak memory is what it grew by over what loading left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gemma_pack.console import table
+
+RESULTS = Path(__file__).parent / "results" / "scoring.json"
+VERSIONS = ("torch", "transformers", "lm-eval")
+
+
+def peak_bytes() -> int:
+    """Return the largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def text_of(base: Path, windows: int, length: int) -> tuple[str, int]:
+    """Return evaluation text of about so many windows, and its number of tokens."""
+    from gemma_pack.text_sources import builtin_halves
+    from gemma_pack.tokenizer import load_tokenizer
+
+    tokenizer, _ = load_tokenizer(base)
+    ids = tokenizer.encode("\n\n".join(builtin_halves()[1]), add_special_tokens=False).ids
+    text: str = tokenizer.decode(ids[: windows * (length - 1)])
+    return text, len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def time_harness(base: Path, text: str, length: int, batch: int, repeats: int) -> dict[str, object]:
+    """Return seconds of each repeat, and memory, of the harness's rolling perplexity."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(
+        pretrained=str(base), dtype="bfloat16", batch_size=batch, max_length=length, add_bos_token=False, device="cpu"
+    )
+    before = peak_bytes()
+    request = Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
+    seconds, nll = [], 0.0
+    for _ in range(repeats):
+        begin = time.monotonic()
+        [nll] = lm.loglikelihood_rolling([request], disable_tqdm=True)
+        seconds.append(time.monotonic() - begin)
+    return {"seconds": seconds, "grew_bytes": peak_bytes() - before, "nll": -nll}
+
+
+def time_ours(base: Path, variant: Path, text: str, length: int, repeats: int) -> dict[str, object]:
+    """Return seconds of each repeat, and memory, of scoring both models with KL on the same tokens."""
+    import numpy as np
+
+    from gemma_pack.console import Console
+    from gemma_pack.evaluation.engines.in_process import load
+    from gemma_pack.evaluation.likelihood import score
+    from gemma_pack.tokenizer import load_tokenizer
+
+    tokenizer, bos = load_tokenizer(base)
+    ids = np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    ids = ids[: len(ids) // (length - 1) * (length - 1)].reshape(-1, length - 1)
+    windows = np.concatenate([np.full((len(ids), 1), bos, np.int32), ids], axis=1)
+    models = load(base, "base", "cpu"), load(variant, "variant", "cpu")
+    before = peak_bytes()
+    seconds, nll, kl = [], 0.0, 0.0
+    for _ in range(repeats):
+        begin = time.monotonic()
+        scores = score(*models, windows, Console("quiet"))
+        seconds.append(time.monotonic() - begin)
+        nll, kl = float(scores.nll_base.sum(dtype=np.float64)), float(scores.kl_nats.mean())
+    return {
+        "seconds": seconds, "grew_bytes": peak_bytes() - before, "nll": nll, "kl_nats": kl, "tokens": ids.size,
+    }  # fmt: skip
+
+
+def child(options: argparse.Namespace, *contender: str) -> dict[str, object]:
+    """Run one contender in a process of its own."""
+    shape = ["--windows", str(options.windows), "--length", str(options.length), "--repeats", str(options.repeats)]
+    done = subprocess.run(
+        [sys.executable, __file__, str(options.base), str(options.variant), *shape, "--only", *contender],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
+    )
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Run the contenders in turn, print a table and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("variant", type=Path)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--only", nargs="+")
+    options = parser.parse_args()
+    text, tokens = text_of(options.base, options.windows, options.length)
+    if options.only:
+        kind, *batch = options.only
+        if kind == "harness":
+            found = time_harness(options.base, text, options.length, int(batch[0]), options.repeats)
+            print(json.dumps({"contender": f"lm-eval, batch {batch[0]}", "models": 1, "tokens": tokens, **found}))
+        else:
+            found = time_ours(options.base, options.variant, text, options.length, options.repeats)
+            print(json.dumps({"contender": "gemma-pack, KL included", "models": 2, **found}))
+        return
+    rows = [child(options, "harness", str(batch)) for batch in options.batch] + [child(options, "ours")]
+    for row in rows:
+        row["tokens_per_second"] = [row["tokens"] / second for second in row["seconds"]]  # type: ignore[operator,attr-defined]
+        row["median_tokens_per_second"] = statistics.median(row["tokens_per_second"])  # type: ignore[type-var]
+    header = ["contender", "models", "tokens", "tokens/s", "least", "most", "grew MB"]
+    print(table([
+        [str(row["contender"]), str(row["models"]), str(row["tokens"]), f"{row['median_tokens_per_second']:.0f}",
+         f"{min(row['tokens_per_second']):.0f}", f"{max(row['tokens_per_second']):.0f}",  # type: ignore[call-overload]
+         f"{row['grew_bytes'] / 1e6:.0f}"]  # type: ignore[operator]
+        for row in rows
+    ], header=header))  # fmt: skip
+    made = {
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "rows": rows,
+    }
+    RESULTS.write_text(json.dumps(made, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
