@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   gemma-pack validate gemma-3-270m-quantized.w4a16 --extend
-  gemma-pack validate gemma-2-9b-it-quantized.w4a16 --profile full --text wikitext2
+  gemma-pack validate gemma-2-9b-it-quantized.w4a16 --text wikitext2 --suite gemma-card
   gemma-pack validate quay.io/team/gemma-2-9b-it:w4a16 --verify-key my.pub
-  gemma-pack validate gemma-2-9b-it-quantized.w4a16 --engine http://vllm.example.com:8000
-  gemma-pack validate gemma-2-9b-it-quantized.w4a16 --suite gemma-card --task-limit 500""",
+  gemma-pack validate gemma-2-9b-it-quantized.w4a16 --engine http://localhost:8000""",
 )
 @click.argument("variant", metavar="DIR|LAYOUT|REF")
 @click.option("--against", metavar="MODEL", help="The bf16 base  [default: what the variant's record names]")
