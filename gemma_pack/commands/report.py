@@ -33,7 +33,7 @@ Examples:
 )
 @with_console
 def command(old: Path, new: Path | None, form: str, console: Console) -> None:
-    """Compare two validations, and fail on a regression; or print one of them.
+    """Compare two validations and fail on a regression, or print one.
 
     REPORT and NEW are report.json files, or directories with one. Two must be of the same windows of the same base: a
     measure has changed when the 95 % bound of the paired difference is beyond what bf16 arithmetic does by itself.
