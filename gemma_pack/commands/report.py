@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 Examples:
   gemma-pack report old.report new.report
   gemma-pack report released/report.json gemma-3-270m-quantized.w4a16.report --format json
-  gemma-pack report gemma-3-270m-quantized.w4a16.report --as line""",
+  gemma-pack report gemma-3-270m-quantized.w4a16.report --form line""",
 )
 @click.argument("old", type=click.Path(path_type=Path), metavar="REPORT")
 @click.argument("new", type=click.Path(path_type=Path), metavar="[NEW]", required=False)
 @click.option(
-    "--as",
-    "form",
+    "--form",
     type=click.Choice(["line", "markdown", "html", "junit"]),
     default="line",
     show_default=True,

@@ -49,7 +49,7 @@ def test_a_file_is_as_good_as_its_directory(reports: tuple[str, str]) -> None:
 def test_a_single_report_is_printed(
     reports: tuple[str, str], capsys: pytest.CaptureFixture[str], form: str, begins: str
 ) -> None:
-    assert run(["report", reports[0], "--as", form]) == 0
+    assert run(["report", reports[0], "--form", form]) == 0
     out = capsys.readouterr().out
     assert begins in out[: len(begins) + 40]
     assert (out.count("\n") == 1) == (form == "line")
