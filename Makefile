@@ -39,7 +39,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install -q -c constraints.txt -e '.[demo,tasks,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo,ray,tasks,dev]'
 	touch $@
 
 # vLLM's CPU build pins another compressed-tensors than llm-compressor does: it lives in an environment of its own.

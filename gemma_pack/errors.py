@@ -22,6 +22,8 @@ A crash never reads as a verdict: only the gate raises 10 and 11.
 
 from __future__ import annotations
 
+import errno
+
 
 class GemmaPackError(Exception):
     """An operation failed for a reason that the user can act on."""
@@ -103,3 +105,21 @@ class UnusableImageError(GemmaPackError):
     """An image is whole, and no consumer could use it."""
 
     exit_code = 15
+
+
+def known_error(error: BaseException) -> GemmaPackError | None:
+    """Return the error of this tree that `error` is or stands for; None for one that only a fault of ours explains."""
+    if isinstance(error, GemmaPackError):
+        return error
+    if isinstance(error, MemoryError):
+        return MachineError("this machine has too little memory", hint="close other programs, or use a larger machine")
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        return MachineError("the GPU has too little memory", hint="use a larger GPU, or --device cpu")
+    if not isinstance(error, OSError):
+        return None
+    where = f" at {error.filename}" if error.filename else ""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return MachineError(
+            f"no space left on the disk{where}", hint="free some space, or choose another place with -o"
+        )
+    return GemmaPackError(f"{error.strerror or error}{where}", hint="GEMMA_PACK_DEBUG=1 shows where it happened")

@@ -1,186 +1,225 @@
-"""A build file, and all stages for each of its recipes: quantize, validate, package, push, pull back, attach.
+"""A build: a variant for each model and recipe, each through all stages: quantize, validate, package, push.
 
 Every stage finds what an earlier run left and does not do it again: a variant made from the same inputs, a report on
 the same windows, an image of the same files, blobs that the registry has. So an interrupted build goes on when the
-same command is run again, and loses at most the running stage. A variant that fails its gate does not stop the others.
+same command is run again, and loses at most the running stage. A variant that fails stops no other.
+
+Here the recipes of one model share the pass over the calibration text; `cluster` gives each variant a worker.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from gemma_pack.errors import RegistryError
-from gemma_pack.report import Report  # noqa: TC001 - pydantic reads the annotation
-from gemma_pack.yaml_file import parse_yaml, read_text
+from gemma_pack.errors import InvalidUsageError
+from gemma_pack.outcome import BuiltImage, Stage, VariantOutcome
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from gemma_pack.build_file import BuildFile, ModelPart
     from gemma_pack.console import Reporter
-    from gemma_pack.oci.signing import SigningKey
+    from gemma_pack.oci.package import PackageResult
+    from gemma_pack.quantization.variant import Variant
+    from gemma_pack.recipe import Recipe
     from gemma_pack.record import Record
+    from gemma_pack.report import Report
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """One variant of a build."""
 
-
-class CalibrationPart(_Part):
-    """What replaces the recipes' own calibration text; what is left out stays theirs."""
-
-    text: str | None = None
-    samples: Annotated[int, Field(ge=1, strict=True)] | None = None
-    sequence_length: Annotated[int, Field(ge=16, strict=True)] | None = None
-    seed: Annotated[int, Field(ge=0, strict=True)] | None = None
-
-
-class ValidationPart(_Part):
-    """How each variant is judged."""
-
-    text: str = "builtin"
-    profile: Literal["smoke", "quick", "full"] = "quick"
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0
-
-
-class PackagePart(_Part):
-    """What lies under the weights, and for which platforms."""
-
-    base: str = "embedded"
-    platforms: tuple[str, ...] = ()
-
-
-class BuildFile(_Part):
-    """What to build from which model by which recipes."""
-
-    model: str
-    revision: str | None = None
-    recipes: Annotated[tuple[str, ...], Field(min_length=1)]
-    output: str = "."
-    """Directory for all that is made, below the working directory."""
-    calibration: CalibrationPart = CalibrationPart()
-    validation: ValidationPart = ValidationPart()
-    package: PackagePart = PackagePart()
-    push: str | None = None
-    """`registry/name` to push to; the tag of each variant is its recipe's name."""
-
-
-class BuiltVariant(_Part):
-    """One line of the table at the end."""
-
-    recipe: str
+    base: ModelPart
+    recipe_name: str
+    """A shipped recipe, or the path of a file."""
+    recipe: Recipe
     directory: Path
-    base_size_bytes: int
-    size_bytes: int
-    report: Report
-    layout: Path
-    digest: str
-    pinned: str | None
-    """`registry/name@digest` where it was pushed."""
+    repository: str | None
+    """Where it goes when it has passed; its tag is the recipe's name."""
+
+    def begun(self) -> VariantOutcome:
+        """Return the outcome before the first stage."""
+        return VariantOutcome(model=self.base.model, recipe=self.recipe.name, directory=self.directory)
 
 
-def load_build_file(path: Path) -> BuildFile:
-    """Read and check a build file.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Means:
+    """How the stages of a build work."""
+
+    device: str = "auto"
+    offline: bool = False
+
+
+def wanted_variants(plan: BuildFile) -> tuple[Wanted, ...]:
+    """Return the variants that a build is to make, those of one model together.
 
     Raises:
-        InvalidUsageError: it cannot be read, or a line is wrong.
+        InvalidUsageError: a recipe is wrong, or two variants would be made in one place.
     """
-    hint = "examples/demo.yaml is an example"
-    return parse_yaml(BuildFile, read_text(path, hint=hint), origin=str(path), hint=hint)
-
-
-def build_variant(
-    plan: BuildFile,
-    recipe_name: str,
-    *,
-    device: str = "auto",
-    offline: bool = False,
-    plain_http: bool = False,
-    key: SigningKey | None = None,
-    reporter: Reporter,
-) -> BuiltVariant:
-    """Take one recipe of the build file through all stages; its verdict is in the report, not raised.
-
-    `key` signs what is attached to the image where it is pushed.
-    """
-    from gemma_pack.build import CalibrationChoice, default_stem, quantize_model
-    from gemma_pack.oci.evidence import attach_evidence
-    from gemma_pack.oci.manifest import Platform
-    from gemma_pack.oci.package import package
+    from gemma_pack.build import default_stem
     from gemma_pack.recipe import load_recipe
 
-    recipe = load_recipe(recipe_name)
     output = Path(plan.output)
-    directory = output / f"{default_stem(plan.model)}-quantized.{recipe.name}"
+    recipes = {name: load_recipe(name) for name in plan.recipes}
+    bases = dict.fromkeys(plan.bases())
+    wanted: dict[Path, Wanted] = {}
+    for base in bases:
+        stem = default_stem(base.model)
+        repository = f"{plan.push}/{stem.lower()}" if plan.push and len(bases) > 1 else plan.push
+        for name, recipe in recipes.items():
+            directory = output / f"{stem}-quantized.{recipe.name}"
+            if other := wanted.get(directory):
+                raise InvalidUsageError(
+                    f"{other.recipe_name} of {other.base.model} and {name} of {base.model} would both make {directory}",
+                    hint="give the recipes different names, or build the models into different directories",
+                )
+            wanted[directory] = Wanted(
+                base=base, recipe_name=name, recipe=recipe, directory=directory, repository=repository
+            )
+    return tuple(wanted.values())
+
+
+def build_here(plan: BuildFile, wanted: Sequence[Wanted], means: Means, reporter: Reporter) -> Iterator[VariantOutcome]:
+    """Yield each variant, packed or failed: model by model, whose recipes learn from the text in one pass."""
+    for base in dict.fromkeys(one.base for one in wanted):
+        group = [one for one in wanted if one.base == base]
+        names = ", ".join(one.recipe.name for one in group)
+        reporter.status(f"── {names} of {base.model}")
+        made = quantize_group(plan, group, means, reporter)
+        for one in group:
+            if len(group) > 1:
+                reporter.status(f"── {one.recipe.name} of {base.model}")
+            yield finish_variant(plan, one, made[one.directory], means, reporter)
+
+
+def quantize_group(
+    plan: BuildFile, group: Sequence[Wanted], means: Means, reporter: Reporter
+) -> dict[Path, Variant | Exception]:
+    """Quantize one model by several recipes; return each variant, or why there is none, by its directory.
+
+    Where one of them fails, those that cannot be made are left out and the others go on from their journals.
+    """
+    from gemma_pack.build import CalibrationChoice, quantize_models
+
     said = plan.calibration
-    variant = quantize_model(
-        plan.model,
-        recipe_name,
-        directory,
-        CalibrationChoice(said.text, said.samples, said.sequence_length, said.seed),
-        revision=plan.revision,
-        device=device,
-        offline=offline,
-        reporter=reporter,
-    )
-    report = _report(plan, directory, variant.record, device=device, offline=offline, reporter=reporter)
-    layout = directory.with_name(f"{directory.name}.oci")
-    _discard_stale(layout, directory)
-    image = package(
-        directory,
-        layout,
-        base=plan.package.base,
-        platforms=[Platform.parse(text) for text in plan.package.platforms],
-        reporter=reporter,
-    )
-    pinned = None
-    if plan.push:
-        pinned = _push(layout, f"{plan.push}:{recipe.name}", directory, plain_http=plain_http, reporter=reporter)
-        attach_evidence(pinned, layout, report=report, key=key, plain_http=plain_http, reporter=reporter)
-    quantization = variant.record.quantization
-    if quantization is None:
-        raise AssertionError("quantize left no record of what it did")
-    return BuiltVariant(
-        recipe=recipe.name,
-        directory=directory,
-        base_size_bytes=quantization.base_size_bytes,
-        size_bytes=quantization.size_bytes,
-        report=report,
-        layout=layout,
-        digest=image.digest,
-        pinned=pinned,
-    )
+    try:
+        variants = quantize_models(
+            group[0].base.model,
+            {one.directory: one.recipe_name for one in group},
+            CalibrationChoice(said.text, said.samples, said.sequence_length, said.seed),
+            revision=group[0].base.revision,
+            device=means.device,
+            offline=means.offline,
+            reporter=reporter,
+        )
+        return {variant.directory: variant for variant in variants}
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is this variant's, and it is shown
+        _show_traceback()
+        if len(group) == 1:
+            return {group[0].directory: error}
+    misfits = {one.directory: why for one in group if (why := _misfit(one, means))}
+    rest = [one for one in group if one.directory not in misfits]
+    parts = [rest] if misfits else [[one] for one in rest]
+    made: dict[Path, Variant | Exception] = {**misfits}
+    for part in parts:
+        if part:
+            made |= quantize_group(plan, part, means, reporter)
+    return made
 
 
-def _report(
-    plan: BuildFile, directory: Path, record: Record, *, device: str, offline: bool, reporter: Reporter
-) -> Report:
+def _misfit(one: Wanted, means: Means) -> Exception | None:
+    """Return why a variant cannot be made at all, as far as headers and the disk show it."""
+    from gemma_pack.disk import refuse_existing
+    from gemma_pack.planning.sizes import plan_sizes
+    from gemma_pack.record import read_record
+    from gemma_pack.sources.outline import outline
+
+    try:
+        found = outline(one.base.model, revision=one.base.revision, offline=means.offline)
+        plan_sizes(found.checkpoint, one.recipe, found.companions)
+        if not one.directory.is_dir() or read_record(one.directory) is None:
+            refuse_existing(one.directory)
+    except Exception as error:  # noqa: BLE001 - as above
+        return error
+    return None
+
+
+def finish_variant(
+    plan: BuildFile, one: Wanted, made: Variant | Exception, means: Means, reporter: Reporter
+) -> VariantOutcome:
+    """Validate and pack what was quantized; return how far it came."""
+    outcome = one.begun()
+    if isinstance(made, Exception):
+        return outcome.failed("quantize", made)
+    stage: Stage = "validate"
+    try:
+        quantization = made.record.quantization
+        if quantization is None:
+            raise AssertionError("quantize left no record of what it did")
+        sizes = {"base_size_bytes": quantization.base_size_bytes, "size_bytes": quantization.size_bytes}
+        outcome = outcome.model_copy(update=sizes)
+        report = _report(plan, one, made.record, means, reporter)
+        outcome = outcome.model_copy(update={"report": report})
+        stage = "package"
+        return outcome.model_copy(update={"images": _package(plan, one.directory, reporter)})
+    except Exception as error:  # noqa: BLE001 - as above
+        _show_traceback()
+        return outcome.failed(stage, error)
+
+
+def _report(plan: BuildFile, one: Wanted, record: Record, means: Means, reporter: Reporter) -> Report:
     """Return the report on the variant: the one of an earlier run where it answers the same question."""
     from gemma_pack.build import validate_variant
     from gemma_pack.report import REPORT_NAME, read_report, report_directory
 
-    target = report_directory(directory)
-    wanted = plan.validation
+    target = report_directory(one.directory)
+    asked = plan.validation
     if record.validation and (target / REPORT_NAME).is_file():
         found = read_report(target / REPORT_NAME)
-        asked = found.protocol.profile == wanted.profile and found.protocol.text.seed == wanted.seed
-        same_text = Path(wanted.text).name == Path(found.protocol.text.spec).name
-        if asked and same_text and found.digest() == record.validation.report_sha256:
+        same_windows = found.protocol.profile == asked.profile and found.protocol.text.seed == asked.seed
+        same_text = Path(asked.text).name == Path(found.protocol.text.spec).name
+        if same_windows and same_text and found.digest() == record.validation.report_sha256:
             reporter.status(f"{target} is there already, on the same windows")
             return found
     return validate_variant(
-        directory,
+        one.directory,
         target,
-        against=plan.model if Path(plan.model).is_dir() else None,
-        profile_name=wanted.profile,
-        text=wanted.text,
-        seed=wanted.seed,
-        device=device,
-        offline=offline,
+        against=one.base.model if Path(one.base.model).is_dir() else None,
+        profile_name=asked.profile,
+        text=asked.text,
+        seed=asked.seed,
+        device=means.device,
+        offline=means.offline,
         reporter=reporter,
     )
+
+
+def _package(plan: BuildFile, directory: Path, reporter: Reporter) -> tuple[BuiltImage, ...]:
+    """Pack the variant in the layouts that the plan asks for."""
+    from gemma_pack.oci.manifest import Platform
+    from gemma_pack.oci.package import package
+    from gemma_pack.oci.package_pair import package_pair
+
+    asked = plan.package
+    modelcar = directory.with_name(f"{directory.name}.oci")
+    artifact = directory.with_name(f"{directory.name}.artifact.oci")
+    for layout in (modelcar, artifact):
+        _discard_stale(layout, directory)
+    platforms = [Platform.parse(text) for text in asked.platforms]
+    packed: tuple[PackageResult, ...]
+    if asked.layout == "both":
+        pair = package_pair(directory, modelcar, artifact, base=asked.base, platforms=platforms, reporter=reporter)
+        packed = (pair.modelcar, pair.artifact)
+    elif asked.layout == "artifact":
+        packed = (package(directory, artifact, kind="artifact", reporter=reporter),)
+    else:
+        packed = (package(directory, modelcar, base=asked.base, platforms=platforms, reporter=reporter),)
+    return tuple(BuiltImage(kind=one.kind, layout=one.layout, digest=one.digest) for one in packed)
 
 
 def _discard_stale(layout: Path, directory: Path) -> None:
@@ -193,21 +232,8 @@ def _discard_stale(layout: Path, directory: Path) -> None:
             shutil.rmtree(layout)
 
 
-def _push(layout: Path, reference: str, directory: Path, *, plain_http: bool, reporter: Reporter) -> str:
-    """Push the image, pull it back and compare every file; return the reference pinned by digest."""
-    from gemma_pack.checkpoint import file_sha256
-    from gemma_pack.oci.pull import pull
-    from gemma_pack.oci.push import push
+def _show_traceback() -> None:
+    if os.environ.get("GEMMA_PACK_DEBUG"):
+        import traceback
 
-    pushed = push(layout, reference, plain_http=plain_http, reporter=reporter)
-    with tempfile.TemporaryDirectory(prefix=".pulled-", dir=directory.parent) as name:
-        copy = Path(name) / directory.name
-        pull(pushed.pinned, copy, plain_http=plain_http, reporter=reporter)
-        for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-            twin = copy / path.relative_to(directory)
-            if not twin.is_file() or file_sha256(twin) != file_sha256(path):
-                raise RegistryError(
-                    f"{path.name} came back from {reference} with other bytes",
-                    hint="push again; the registry lost some",
-                )
-    return pushed.pinned
+        traceback.print_exc()

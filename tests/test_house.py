@@ -25,9 +25,9 @@ MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
 WITHOUT_TORCH = (
-    "checkpoint", "commands", "console", "deploy", "disk", "errors", "evaluation.gate", "evaluation.statistics",
-    "gemma", "machine", "matrix", "oci", "recipe", "record", "report", "reports", "safetensors_file", "sources",
-    "texts", "yaml_file",
+    "build_file", "checkpoint", "cluster", "commands", "console", "deploy", "disk", "errors", "evaluation.gate",
+    "evaluation.statistics", "gemma", "machine", "matrix", "oci", "outcome", "publishing", "recipe", "record", "report",
+    "reports", "safetensors_file", "sources", "texts", "yaml_file",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "llmcompressor", "compressed_tensors", "bitsandbytes", "auto_round")
 
@@ -236,6 +236,20 @@ def test_the_changelog_knows_this_version():
     changelog = texts()["CHANGELOG.md"]
     assert changelog.index("## [Unreleased]") > 0
     assert __version__ == "0.1.0" or f"## [{__version__}]" in changelog
+
+
+def test_the_readme_names_every_command_and_every_exit_code():
+    from gemma_pack import errors
+    from gemma_pack.commands import VERBS
+
+    rows = [line for line in texts()["README.md"].splitlines() if line.startswith("|")]
+    named = {verb for row in rows for verb in re.findall(r"`([a-z]+)[ `]", row.split("|")[1])}
+    assert set(VERBS) <= named
+    codes = {int(row.split("|")[1]) for row in rows if re.fullmatch(r" *\d+ *", row.split("|")[1])}
+    raised = {
+        kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
+    }
+    assert codes == raised | {0, 130}
 
 
 def test_the_licence_is_whole():

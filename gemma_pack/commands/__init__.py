@@ -6,7 +6,6 @@ The one `except` that turns errors into exit codes is in `main`.
 
 from __future__ import annotations
 
-import errno
 import importlib
 import io
 import os
@@ -18,7 +17,7 @@ import click
 
 from gemma_pack import __version__
 from gemma_pack.console import Console
-from gemma_pack.errors import GemmaPackError, InvalidUsageError, MachineError
+from gemma_pack.errors import GemmaPackError, InvalidUsageError, known_error
 
 VERBS: Final[tuple[str, ...]] = (
     "download",
@@ -120,32 +119,26 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         _console(arguments).status("interrupted; finished stages are kept, run the same command again to go on")
         return 130
-    except (GemmaPackError, click.ClickException, OSError, MemoryError) as error:
+    except Exception as error:
+        known = _known_error(error)
+        if known is None:
+            raise
         if os.environ.get("GEMMA_PACK_DEBUG"):
             import traceback
 
             traceback.print_exc()
-        known = _known_error(error)
         _console(arguments).error(known)
         return known.exit_code
     return outcome if isinstance(outcome, int) else 0
 
 
-def _known_error(error: GemmaPackError | click.ClickException | OSError | MemoryError) -> GemmaPackError:
-    if isinstance(error, GemmaPackError):
-        return error
+def _known_error(error: Exception) -> GemmaPackError | None:
     if isinstance(error, click.UsageError):
         hint = f"{error.ctx.command_path} --help says how" if error.ctx else None
         return InvalidUsageError(error.format_message(), hint=hint)
     if isinstance(error, click.ClickException):
         return GemmaPackError(error.format_message())
-    if isinstance(error, MemoryError):
-        return MachineError("this machine has too little memory", hint="close other programs, or use a larger machine")
-    where = f" at {error.filename}" if error.filename else ""
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        hint = "free some space, or choose another place with -o"
-        return MachineError(f"no space left on the disk{where}", hint=hint)
-    return GemmaPackError(f"{error.strerror or error}{where}", hint="GEMMA_PACK_DEBUG=1 shows where it happened")
+    return known_error(error)
 
 
 def _console(arguments: list[str]) -> Console:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   gemma-pack card gemma-2-9b-it-quantized.w4a16
-  gemma-pack card --check published.md gemma-2-9b-it-quantized.w4a16 --format json""",
+  gemma-pack card --check published.md gemma-2-9b-it-quantized.w4a16 \\
+      --format json""",
 )
 @click.argument("directory", type=click.Path(path_type=Path), required=False)
 @click.option(

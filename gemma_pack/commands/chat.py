@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   gemma-pack chat gemma-2-9b-it-quantized.w4a16
-  gemma-pack chat google/gemma-3-1b-it --preset memory --mode factual --system "Answer in one sentence." """.rstrip(),
+  gemma-pack chat google/gemma-3-1b-it --preset memory --mode factual \\
+      --system "Answer in one sentence." """.rstrip(),
 )
 @click.argument("model", metavar="DIR|MODEL")
 @click.option("--system", metavar="TEXT", help="Instructions for the whole conversation; Gemma 2 takes none.")

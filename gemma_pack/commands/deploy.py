@@ -21,8 +21,10 @@ SCHEMES: Final = ("oci", "oci+modelcar", "oci+native", "oci+fetch")
 @click.command(
     epilog="""\b
 Examples:
-  gemma-pack deploy quay.io/team/gemma-2-9b-it:w4a16 --target kserve | kubectl apply -f -
-  gemma-pack deploy quay.io/team/gemma-2-9b-it:w4a16 --target rhaiis --max-model-len 4096 -o serving"""
+  gemma-pack deploy quay.io/team/gemma-2-9b-it:w4a16 --target kserve \\
+      | kubectl apply -f -
+  gemma-pack deploy quay.io/team/gemma-2-9b-it:w4a16 --target rhaiis \\
+      --max-model-len 4096 -o serving"""
 )
 @click.argument("reference", metavar="REF")
 @click.option(

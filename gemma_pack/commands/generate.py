@@ -31,7 +31,8 @@ ROUND_CONTEXT = 256
     epilog="""\b
 Examples:
   gemma-pack generate demo "The capital of France is" --max-new-tokens 20
-  gemma-pack generate gemma-2-9b-it-quantized.w4a16 "Summarize this." < notes.txt""",
+  gemma-pack generate gemma-2-9b-it-quantized.w4a16 "Summarize this." < \\
+      notes.txt""",
 )
 @click.argument("model", metavar="DIR|MODEL")
 @click.argument("prompt", required=False)

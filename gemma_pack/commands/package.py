@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   gemma-pack package gemma-3-270m-it-quantized.w4a16 --layout both
-  gemma-pack package gemma-2-9b-it-quantized.w4a16 -o image.oci --base registry.access.redhat.com/ubi9/ubi-micro:9.8"""
+  gemma-pack package gemma-2-9b-it-quantized.w4a16 -o image.oci \\
+      --base registry.access.redhat.com/ubi9/ubi-micro:9.8"""
 )
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   gemma-pack plan google/gemma-2-9b-it --recipe w4a16
-  gemma-pack plan demo --recipe w4a16 --push registry.example.com/models/gemma-3-270m --format json""",
+  gemma-pack plan demo --recipe w4a16 \\
+      --push registry.example.com/models/gemma-3-270m --format json""",
 )
 @click.argument("model", envvar="GEMMA_PACK_MODEL")
 @click.option("-r", "--recipe", required=True, help="A shipped recipe or a YAML file.")
@@ -49,7 +50,8 @@ def command(
     registry lacks and which of its limits would break, what serving takes.
 
     \b
-    Exit codes: 0; 12 if this machine cannot quantize it; 1 if the registry would refuse it.
+    Exit codes: 0; 12 if this machine cannot quantize it; 1 if the registry
+    would refuse it.
     """
     from dataclasses import asdict
 

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 @click.command(
     epilog="""\b
 Examples:
-  gemma-pack pull quay.io/team/gemma-3-270m-it:w4a16 -o gemma-3-270m-it-quantized.w4a16
-  gemma-pack pull 127.0.0.1:5000/gemma:w4a16 -o /srv/models/gemma --platform linux/arm64"""
+  gemma-pack pull quay.io/team/gemma-3-270m-it:w4a16 \\
+      -o gemma-3-270m-it-quantized.w4a16
+  gemma-pack pull 127.0.0.1:5000/gemma:w4a16 -o /srv/models/gemma \\
+      --platform linux/arm64"""
 )
 @click.argument("image", metavar="REF|LAYOUT")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The directory to write.")

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 @click.command(
     epilog="""\b
 Examples:
-  gemma-pack push gemma-3-270m-it-quantized.w4a16.oci quay.io/team/gemma-3-270m-it:w4a16
-  gemma-pack push gemma-2-9b-it-quantized.w4a16 ghcr.io/team/gemma-2-9b-it:w4a16 --mount-from team/gemma-2-9b-it-bf16
-  gemma-pack push gemma-2-9b-it-quantized.w4a16 quay.io/team/gemma-2-9b-it:w4a16 --require-verdict --sign-key my.key"""
+  gemma-pack push gemma-3-270m-it-quantized.w4a16.oci \\
+      quay.io/team/gemma-3-270m-it:w4a16
+  gemma-pack push gemma-2-9b-it-quantized.w4a16 \\
+      ghcr.io/team/gemma-2-9b-it:w4a16 --mount-from team/gemma-2-9b-it-bf16
+  gemma-pack push gemma-2-9b-it-quantized.w4a16 \\
+      quay.io/team/gemma-2-9b-it:w4a16 --require-verdict --sign-key my.key"""
 )
 @click.argument("source", type=click.Path(path_type=Path), metavar="LAYOUT|DIR")
 @click.argument("reference", metavar="REF")

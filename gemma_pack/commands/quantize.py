@@ -26,7 +26,8 @@ PROJECT_FILE = Path("gemma-pack.yaml")
     epilog="""\b
 Examples:
   gemma-pack quantize --recipe w4a16
-  gemma-pack quantize demo --recipe w4a16 --calibration builtin --samples 64 --sequence-length 512""",
+  gemma-pack quantize demo --recipe w4a16 --calibration builtin \\
+      --samples 64 --sequence-length 512""",
 )
 @click.argument("model", required=False, envvar="GEMMA_PACK_MODEL")
 @click.option("-r", "--recipe", multiple=True, required=True, help="A shipped recipe or a YAML file.")

@@ -80,7 +80,7 @@ Examples:
 @click.argument("file")
 @with_console
 def check(file: str, console: Console) -> None:
-    """Check a recipe; exit 2 and name the line of every mistake if it is wrong."""
+    """Check a recipe; exit 2 and name each mistake by its line."""
     from gemma_pack.recipe import load_recipe
 
     recipe = load_recipe(file)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   gemma-pack referrers quay.io/team/gemma-2-9b-it:w4a16
-  gemma-pack referrers quay.io/team/gemma-2-9b-it:w4a16 --verify-key my.pub -o evidence"""
+  gemma-pack referrers quay.io/team/gemma-2-9b-it:w4a16 \\
+      --verify-key my.pub -o evidence"""
 )
 @click.argument("reference", metavar="REF")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A directory to write the documents into.")

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   gemma-pack report old.report new.report
-  gemma-pack report released/report.json gemma-3-270m-quantized.w4a16.report --format json
+  gemma-pack report released/report.json \\
+      gemma-3-270m-quantized.w4a16.report --format json
   gemma-pack report gemma-3-270m-quantized.w4a16.report --form line""",
 )
 @click.argument("old", type=click.Path(path_type=Path), metavar="REPORT")

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   gemma-pack serve gemma-2-9b-it-quantized.w4a16
-  gemma-pack serve quay.io/team/gemma-2-9b-it:w4a16 --port 8080 -- --max-model-len=4096""",
+  gemma-pack serve quay.io/team/gemma-2-9b-it:w4a16 --port 8080 -- \\
+      --max-model-len=4096""",
 )
 @click.argument("model", metavar="DIR|REF")
 @click.argument("vllm_options", metavar="[-- VLLM-OPTIONS]", nargs=-1, type=click.UNPROCESSED)

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   gemma-pack validate gemma-3-270m-quantized.w4a16 --extend
-  gemma-pack validate gemma-2-9b-it-quantized.w4a16 --text wikitext2 --suite gemma-card
+  gemma-pack validate gemma-2-9b-it-quantized.w4a16 --text wikitext2 \\
+      --suite gemma-card
   gemma-pack validate quay.io/team/gemma-2-9b-it:w4a16 --verify-key my.pub
-  gemma-pack validate gemma-2-9b-it-quantized.w4a16 --engine http://localhost:8000""",
+  gemma-pack validate gemma-2-9b-it-quantized.w4a16 \\
+      --engine http://localhost:8000""",
 )
 @click.argument("variant", metavar="DIR|LAYOUT|REF")
 @click.option("--against", metavar="MODEL", help="The bf16 base  [default: what the variant's record names]")
@@ -113,7 +115,7 @@ def command(
     a directory. In GitHub Actions the report is shown as the summary of the step, too.
 
     \b
-    Exit codes: 0 pass, 10 the gate failed, 11 undecided: more windows are needed.
+    Exit codes: 0 pass, 10 the gate failed, 11 undecided: it needs more windows.
     """
     from gemma_pack.acceptance import Access, default_report_directory, is_image, validate_image
     from gemma_pack.build import validate_variant

@@ -59,6 +59,30 @@ def positions(bins: Sequence[PositionBin]) -> str:
     return _svg("Where in the window it is worst", "Mean KL by place in the window", parts)
 
 
+def tradeoff(points: Sequence[tuple[str, float, float, str]]) -> str:
+    """Return variants by their share of the base's size and their mean KL, both from 0: the corner is the best place.
+
+    Args:
+        points: name, share, KL in nats and CSS class of each variant.
+    """
+    top = max(kl for _, _, kl, _ in points) * 1.15 or 1.0
+    x = _scale(0, 1, LEFT, WIDTH - RIGHT)
+    y = _scale(0, top, HEIGHT - BOTTOM, TOP)
+    parts = [_y_axis(y, top, lambda kl: f"{kl:.2g}")]
+    parts.extend(_tick(x(percent / 100), f"{percent} %") for percent in range(0, 101, 20))
+    for name, share, kl, tone in points:
+        label = escape(f"{name}: {100 * share:.1f} % of the size, KL {kl:.4f} nats")
+        side, anchor = (-9, "end") if share > 0.7 else (9, "start")
+        parts.append(
+            f'<g class="{tone}"><title>{label}</title>'
+            f'<circle class="value" cx="{x(share):.1f}" cy="{y(kl):.1f}" r="5"/>'
+            f'<text class="tick" x="{x(share) + side:.1f}" y="{y(kl) + 4:.1f}" text-anchor="{anchor}">{escape(name)}'
+            "</text></g>"
+        )
+    parts.append(_caption("size, of the bf16 base"))
+    return _svg("What each variant costs and saves", "Mean KL in nats by size", parts)
+
+
 def gauge(metric: Metric, *, higher_is_better: bool) -> str:
     """Return a bar for one judged measure: value as a dot, bound as a whisker, margin as a line."""
     if metric.margin is None or metric.bound is None or not math.isfinite(metric.bound):

@@ -52,6 +52,8 @@ WORDINGS: Final[dict[str, Wording]] = {
 }
 
 VERDICT_WORDS: Final = {"pass": "PASS", "fail": "FAIL", "undecided": "UNDECIDED", "not judged": ""}
+OUTCOME_WORDS: Final = {**VERDICT_WORDS, "error": "ERROR"}
+"""Of a variant of a build, which may have come to no verdict."""
 
 
 def label(metric: Metric) -> str:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import re
+import shutil
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -60,7 +62,8 @@ def test_a_build_makes_a_variant_its_report_and_its_image(
     assert run(["build", str(write_build(MARGIN_OF_ANYTHING))]) == 0
     shown = capsys.readouterr()
     stem = "trained-quantized.r0"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [stem, f"{stem}.oci", f"{stem}.report"]
+    made = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert made == ["index.html", stem, f"{stem}.oci", f"{stem}.report"]
     assert "PASS" in shown.out
     assert f"out/{stem}.oci@sha256:" in shown.out
     assert f"gemma-pack push out/{stem}.oci" in shown.err
@@ -99,20 +102,142 @@ def test_a_variant_that_fails_its_gate_does_not_stop_the_others(
     assert second["report"]["verdict"] == "pass"
 
 
-def test_a_push_is_pulled_back_and_compared(
+def test_many_models_and_recipes_make_a_row_each(
+    write_build: Callable[..., Path], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / "other")
+    models = {"model": None, "models": [str(trained), {"model": "other"}]}
+    path = write_build(MARGIN_OF_ANYTHING, MARGIN_OF_ANYTHING, validation={"profile": "smoke"}, **models)
+    assert run(["build", str(path)]) == 11
+    shown = capsys.readouterr()
+    table = shown.out.split("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in table[2:]] == ["trained", "r0", "r1", "other", "r0", "r1"]
+    assert [line.split()[-1] for line in table if line.startswith("  ")] == ["UNDECIDED"] * 4
+    assert all(len(line) <= 80 for line in table)
+    assert shown.err.count("error: ") == 1
+    page = (tmp_path / "out/index.html").read_text("utf-8")
+    links = set(re.findall(r'href="([^"]+)"', page))
+    assert links == {f"{stem}-quantized.r{n}.report/report.html" for stem in ("trained", "other") for n in (0, 1)}
+    assert all((tmp_path / "out" / link).is_file() for link in links)
+
+
+def test_a_stage_that_fails_is_a_row_and_decides_the_exit_code(
+    write_build: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A recipe that does not fit, and a place that is taken, beside one that fails its gate: a crash is no verdict."""
+    path = write_build(0, MARGIN_OF_ANYTHING, MARGIN_OF_ANYTHING)
+    taken = tmp_path / "out/trained-quantized.r1"
+    taken.mkdir(parents=True)
+    (taken / "mine.txt").touch()
+    unfit = tmp_path / "r2.yaml"
+    unfit.write_text(unfit.read_text() + "ignore: [model.layers.77.mlp.down_proj]\n")
+    assert run(["build", str(path), "--format", "json"]) == 2
+    shown = capsys.readouterr()
+    variants = json.loads(shown.out)["variants"]
+    assert [one["failure"] and one["failure"]["stage"] for one in variants] == [None, "quantize", "quantize"]
+    assert variants[0]["report"]["verdict"] == "fail"
+    assert "is in the way" in variants[1]["failure"]["message"]
+    assert "matches no linear layer" in variants[2]["failure"]["message"]
+    assert list(taken.iterdir()) == [taken / "mine.txt"]
+    page = (tmp_path / "out/index.html").read_text("utf-8")
+    assert "0 of 3 variants passed" in page
+    assert "matches no linear layer" in page
+    assert run(["build", str(path)]) == 2
+    said = capsys.readouterr()
+    assert "r1 of" in said.out
+    assert "3 of 3 variants are not as they should be" in said.err
+
+
+def test_recipes_that_calibrate_alike_share_the_pass_and_a_failing_one_costs_the_others_nothing(
+    write_build: Callable[..., Path],
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from gemma_pack.quantization import calibrated
+
+    passes: list[int] = []
+
+    def counted(checkpoint: Any, drafts: Any, *arguments: Any, **words: Any) -> None:
+        passes.append(len(drafts))
+        whole(checkpoint, drafts, *arguments, **words)
+
+    whole = calibrated.quantize_layers
+    monkeypatch.setattr(calibrated, "quantize_layers", counted)
+    calibration = {"text": "builtin", "samples": 4, "sequence_length": 32}
+    path = write_build(*[MARGIN_OF_ANYTHING] * 3, calibration=calibration, validation={"profile": "smoke"})
+    for number, scheme in enumerate(("W8A8", "W4A16", "W4A16")):
+        recipe = RECIPE.format(name=f"r{number}", scheme=scheme, margin=MARGIN_OF_ANYTHING)
+        gptq = recipe.replace("nearest", "gptq") + "calibration: {dataset: builtin, samples: 4, sequence_length: 32}\n"
+        misfit = "ignore: [model.layers.77.mlp.down_proj]\n" if number == 2 else ""
+        (tmp_path / f"r{number}.yaml").write_text(gptq + misfit)
+    assert run(["build", str(path), "--format", "json"]) == 2
+    assert passes == [2]
+    shared = json.loads(capsys.readouterr().out)["variants"]
+    assert [bool(one["failure"]) for one in shared] == [False, False, True]
+    alone = ["build", str(trained), "-r", str(tmp_path / "r1.yaml"), "-o", "alone", "--profile", "smoke"]
+    words = ["--calibration", "builtin", "--samples", "4", "--sequence-length", "32"]
+    assert run([*alone, *words, "--format", "json"]) in {0, 11}
+    [variant] = json.loads(capsys.readouterr().out)["variants"]
+    assert variant["digest"] == shared[1]["digest"]
+
+
+def test_models_and_recipes_may_stand_on_the_command_line(
+    write_build: Callable[..., Path], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_build(MARGIN_OF_ANYTHING)
+    said = ["--recipe", "r0.yaml", "--output", "made", "--profile", "smoke", "--layout", "both", "--format", "json"]
+    assert run(["build", str(trained), *said]) in {0, 11}
+    shown = json.loads(capsys.readouterr().out)
+    [variant] = shown["variants"]
+    assert variant["report"]["protocol"]["profile"] == "smoke"
+    assert [image["kind"] for image in variant["images"]] == ["modelcar", "artifact"]
+    assert all((tmp_path / image["layout"] / "oci-layout").is_file() for image in variant["images"])
+    assert shown["index"] == "made/index.html"
+
+
+def test_options_replace_what_the_file_says_and_leave_the_rest(
+    write_build: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_build(MARGIN_OF_ANYTHING, validation={"profile": "quick", "seed": 5})
+    assert run(["build", str(path), "--profile", "smoke", "--format", "json"]) in {0, 11}
+    [variant] = json.loads(capsys.readouterr().out)["variants"]
+    protocol = variant["report"]["protocol"]
+    assert (protocol["profile"], protocol["text"]["seed"]) == ("smoke", 5)
+
+
+def test_a_registry_that_cannot_be_reached_is_said_before_anything_is_made(
+    write_build: Callable[..., Path], tmp_path: Path, free_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_build(MARGIN_OF_ANYTHING, push=f"127.0.0.1:{free_port}/models/tiny")
+    assert run(["build", str(path)]) not in {0, 10, 11}
+    assert f"127.0.0.1:{free_port}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_has_passed_is_pushed_in_both_layouts_pulled_back_and_compared(
     write_build: Callable[..., Path], registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_build(MARGIN_OF_ANYTHING, push=f"{registry.host}/models/tiny")
-    assert run(["build", str(path), "--format", "json"]) == 0
-    [variant] = json.loads(capsys.readouterr().out)["variants"]
-    assert variant["pinned"] == f"{registry.host}/models/tiny@{variant['digest']}"
-    assert len(list((tmp_path / "out").iterdir())) == 3
-    assert run(["referrers", variant["pinned"], "--format", "json"]) == 0
-    attached = json.loads(capsys.readouterr().out)["referrers"]
-    assert [(one["kind"], one["verdict"]) for one in attached] == [
-        ("sbom", None), ("provenance", None), ("report", "pass"),
-    ]  # fmt: skip
-    assert run(["deploy", variant["pinned"], "--target", "vllm"]) == 0
+    path = write_build(0, MARGIN_OF_ANYTHING, package={"layout": "both"}, push=f"{registry.host}/models/tiny")
+    assert run(["build", str(path), "--format", "json"]) == 10
+    shown = capsys.readouterr()
+    failed, passed = json.loads(shown.out)["variants"]
+    assert [image["pinned"] for image in failed["images"]] == [None, None]
+    assert "has not passed and is not pushed" in shown.err
+    assert len(list((tmp_path / "out").iterdir())) == 1 + 2 * 4
+    assert passed["pinned"] == f"{registry.host}/models/tiny@{passed['digest']}"
+    for image, tag in zip(passed["images"], ("r1", "r1-artifact"), strict=True):
+        assert image["pinned"] == f"{registry.host}/models/tiny@{image['digest']}"
+        assert run(["pull", f"{registry.host}/models/tiny:{tag}", "-o", str(tmp_path / tag)]) == 0
+        assert (tmp_path / tag / "config.json").is_file()
+        capsys.readouterr()
+        assert run(["referrers", image["pinned"], "--format", "json"]) == 0
+        attached = json.loads(capsys.readouterr().out)["referrers"]
+        assert [(one["kind"], one["verdict"]) for one in attached] == [
+            ("sbom", None), ("provenance", None), ("report", "pass"),
+        ]  # fmt: skip
+    assert run(["deploy", passed["pinned"], "--target", "vllm"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -123,6 +248,12 @@ def test_a_push_is_pulled_back_and_compared(
         ("model: demo\nrecipes: [w4a16]\nvalidation: {profile: thorough}\n", "build.yaml:3: validation.profile"),
         ("model: [demo\n", "build.yaml:2: not YAML"),
         ("model: demo\nrecipes: [w4a17]\n", "no recipe named w4a17"),
+        ("recipes: [w4a16]\n", "build.yaml:1: models: model is missing"),
+        ("recipes: [w4a16]\nmodel: demo\nmodels: [demo]\n", "build.yaml:3: models: there is a model already"),
+        ("recipes: [w4a16]\nmodels:\n  - demo\n  - {name: a/b}\n", "build.yaml:4: models.1.name: unknown key"),
+        ("models: [a/b]\nrevision: main\nrecipes: [w4a16]\n", "build.yaml:2: revision: several models have"),
+        ("models: [a/b, c/b]\nrecipes: [w4a16]\n", "w4a16 of a/b and w4a16 of c/b would both make"),
+        ("model: demo\nrecipes: [w4a16]\npackage: {layout: all}\n", "build.yaml:3: package.layout"),
     ],
 )
 def test_a_mistake_in_the_file_is_named_with_its_line(
@@ -135,6 +266,29 @@ def test_a_mistake_in_the_file_is_named_with_its_line(
     assert message in shown.err
     assert "Traceback" not in shown.err
     assert shown.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo"], "no recipe is said for demo"),
+        (["demo", "a.yaml", "-r", "w4a16"], "a.yaml is a build file"),
+        (["demo", "a/b", "-r", "w4a16", "--revision", "main"], "--revision is of one model"),
+        (["demo", "-r", "w4a16", "--engine", "ray"], "RAY_ADDRESS names no cluster"),
+        (["nosuchmodel", "-r", "w4a16"], "neither demo, nor an existing directory, nor a hub id"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert run(["build", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 
@@ -14,6 +12,7 @@ from gemma_pack.record import Metric
 from gemma_pack.report import HistogramBin, PositionBin
 from gemma_pack.reports import charts
 from gemma_pack.reports.html import render_html
+from tests.reports.browser import look_at
 from tests.reports.reports import answer, make_report
 
 if TYPE_CHECKING:
@@ -130,50 +129,22 @@ def test_no_divergence_has_a_flat_picture() -> None:
 
 @pytest.mark.parametrize("width", [390, 1100])
 def test_a_browser_shows_it_without_a_sideways_scroll(tool: Callable[[str], str], tmp_path: Path, width: int) -> None:
-    """Chromium lays the page out; a probe added to a copy reports what it sees, and opens all that can be opened."""
-    probe = """<script>
-    addEventListener("load", () => {
-      const closed = document.querySelectorAll("details:not([open])");
-      closed.forEach(one => one.querySelector("summary").click());
-      const page = document.documentElement;
-      const seen = {
-        overflow: page.scrollWidth - page.clientWidth,
-        opened: closed.length,
-        stillClosed: document.querySelectorAll("details:not([open])").length,
-        bars: [...document.querySelectorAll(".bar")].filter(bar => bar.getBoundingClientRect().width > 0).length,
-        verdict: document.querySelector("strong").getBoundingClientRect().top,
-      };
-      document.body.innerHTML = "<pre>" + JSON.stringify(seen) + "</pre>";
-    });
-    </script>"""
-    page = render_html(make_report(), NAME)
-    framed = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page).replace("</head>", probe + "</head>")
-    (tmp_path / "page.html").write_text(framed, "utf-8")
-    (tmp_path / "frame.html").write_text(
-        f'<iframe src="page.html" width="{width}" height="900" onload="setTimeout(() => document.title = '
-        'this.contentDocument.body.innerText)"></iframe>',
-        "utf-8",
-    )
-    done = subprocess.run(
-        [
-            tool("chromium"),
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--allow-file-access-from-files",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--virtual-time-budget=3000",
-            "--dump-dom",
-            (tmp_path / "frame.html").as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=True,
-    )
-    found = re.search(r"<title>(\{.*?\})</title>", done.stdout)
-    assert found, done.stdout[-2000:]
-    seen = json.loads(found[1])
+    """Opens all that can be opened, and asks for what is seen then."""
+    seen = look_at(
+        render_html(make_report(), NAME),
+        """(() => {
+          const closed = document.querySelectorAll("details:not([open])");
+          closed.forEach(one => one.querySelector("summary").click());
+          return {
+            overflow: page.scrollWidth - page.clientWidth,
+            opened: closed.length,
+            stillClosed: document.querySelectorAll("details:not([open])").length,
+            bars: [...document.querySelectorAll(".bar")].filter(bar => bar.getBoundingClientRect().width > 0).length,
+            verdict: document.querySelector("strong").getBoundingClientRect().top,
+          };
+        })()""",
+        chromium=tool("chromium"), work=tmp_path, width=width,
+    )  # fmt: skip
     assert seen["overflow"] <= 0
     assert seen["stillClosed"] == 0
     assert seen["opened"] == 3  # the worst tokens and all answers but the first
