@@ -146,7 +146,7 @@ def decoder_number(config: Mapping[str, Any], name: str) -> int:
     """Return a number of the decoder, such as `num_key_value_heads`: config.json's, or transformers' default for it.
 
     Raises:
-        CheckpointError: it is there, and no whole number above zero.
+        CheckpointError: it is there, and no whole number above zero, or of more layers than any Gemma has.
     """
     default = _DEFAULT_CONTEXT[_decoder_type(config)] if name == "max_position_embeddings" else _DEFAULTS[name]
     value = text_config(config).get(name, default)
@@ -154,6 +154,8 @@ def decoder_number(config: Mapping[str, Any], name: str) -> int:
         raise CheckpointError(
             f"config.json: {name} is {value!r}, not a whole number above zero", hint="fetch config.json again"
         )
+    if name == "num_hidden_layers" and value > _DEEPEST:  # whoever wrote the config must not keep us counting
+        raise CheckpointError(f"config.json: {name} is {value}, and no Gemma has more than {_DEEPEST}")
     return value
 
 

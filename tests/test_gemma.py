@@ -214,6 +214,11 @@ def test_layer_types_that_make_no_sense_are_refused(kinds: object):
         layer_types({"model_type": "gemma3_text", "num_hidden_layers": 2, "layer_types": kinds})
 
 
+def test_more_layers_than_any_gemma_has_are_refused():
+    with pytest.raises(CheckpointError, match="num_hidden_layers is 1000000000000, and no Gemma"):
+        decoder_number({"model_type": "gemma3_text", "num_hidden_layers": 10**12}, "num_hidden_layers")
+
+
 @pytest.mark.parametrize("value", ["42", 0, -1, 4.0, None, True])
 def test_numbers_that_are_none_are_refused(value: object):
     with pytest.raises(CheckpointError, match=r"config\.json: num_hidden_layers is .*, not a whole number above zero"):

@@ -90,7 +90,7 @@ def command(
             console.warn(f"nothing is attached: {error.message}")
     data = {**result.model_dump(), "attached": [one.model_dump() for one in attached]}
     console.result(data, _text(result, attached))
-    console.hint(f"gemma-pack deploy {result.pinned} --target kserve")
+    console.hint(_next(result))
 
 
 def _require_verdict(report: Report | None, source: Path) -> None:
@@ -104,6 +104,17 @@ def _require_verdict(report: Report | None, source: Path) -> None:
             hint="run gemma-pack validate first, or say with --report where the report lies",
         )
     raise_verdict(report, report_directory(source))
+
+
+def _next(result: PushResult) -> str:
+    """Return what to do with what was pushed; ilab takes a tag in an option of its own, and no digest."""
+    if not result.is_artifact:
+        return f"gemma-pack deploy {result.pinned} --target kserve"
+    from gemma_pack.oci.reference import DEFAULT_TAG, parse_reference
+
+    named = parse_reference(result.reference)
+    repository = f"docker://{named.host}/{named.repository}"
+    return f"ilab model download --repository {repository} --release {named.tag or DEFAULT_TAG}"
 
 
 def _text(result: PushResult, attached: Sequence[AttachedDocument]) -> str:

@@ -39,6 +39,9 @@ _STORED: Final = {
     },
 }  # fmt: skip
 """What stands for a linear layer on disk, and its dtypes (compressed-tensors, `compressors/`, by format)."""
+_MAX_REPEATS: Final = 3
+_MAX_PATTERNS: Final = 50
+"""Of `ignore`, each with so many repetitions and none within another: whoever wrote the image must not keep us busy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +138,9 @@ def quantization(inspection: Inspection) -> Iterator[Finding]:
                 severity="fails", message=f"{listed(wrong)} is quantized, and config.json has no quantization_config"
             )
     elif config.get("quant_method") == "compressed-tensors":
+        if costly := _costly_patterns(config.get("ignore")):
+            yield Finding(severity="unknown", message=f"{listed(costly)} in ignore takes too long to apply")
+            return
         wrong = [f"{linear.name}: {flaw}" for linear in linears if (flaw := _flaw(linear, config))]
         if wrong:
             yield Finding(severity="fails", message=f"quantization_config and the weights differ: {listed(wrong)}")
@@ -233,10 +239,11 @@ def _flaw(linear: _Linear, config: Mapping[str, Any]) -> str | None:
     groups = config.get("config_groups")
     group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
     scheme = group.get("weights") if isinstance(group, dict) else None
-    form = _STORED.get(str((group or {}).get("format") or config.get("format")))
+    targets = group.get("targets") if isinstance(group, dict) else None
+    form = _STORED.get(str((group if isinstance(group, dict) else config).get("format") or config.get("format")))
     if _is_ignored(linear.name, config.get("ignore")):
         return None if linear.is_plain else "is ignored, and quantized"
-    if not isinstance(scheme, dict) or form is None or "Linear" not in (group or {}).get("targets", ()):
+    if not isinstance(scheme, dict) or form is None or not isinstance(targets, list) or "Linear" not in targets:
         return None
     if linear.is_plain:
         return f"is {linear.tensors['weight'].dtype}"
@@ -255,16 +262,31 @@ def _stored_shapes(linear: _Linear, scheme: Mapping[str, Any]) -> dict[str, tupl
     """Return the shapes of packed weights and of scales that a scheme implies, as far as it does."""
     shapes: dict[str, tuple[int, ...]] = {}
     bits, size, blocks = scheme.get("num_bits"), scheme.get("group_size"), scheme.get("block_structure")
+    strategy = str(scheme.get("strategy"))
     if isinstance(bits, int) and bits > 0:
         per_word = 32 if "weight_packed" in linear.tensors and linear.tensors["weight_packed"].dtype == "I32" else 8
         shapes["weight_packed"] = (linear.rows, math.ceil(linear.columns * bits / per_word))
-    if scheme.get("strategy") == "channel":
+    if strategy == "channel":
         shapes["weight_scale"] = (linear.rows, 1)
-    elif scheme.get("strategy") in {"group", "tensor_group"} and isinstance(size, int) and size > 0:
+    elif strategy in {"group", "tensor_group"} and isinstance(size, int) and size > 0:
         shapes["weight_scale"] = (linear.rows, math.ceil(linear.columns / size))
-    elif scheme.get("strategy") == "block" and isinstance(blocks, list) and len(blocks) == 2 and all(blocks):
+    elif (
+        strategy == "block" and isinstance(blocks, list) and [type(one) for one in blocks] == [int, int] and all(blocks)
+    ):
         shapes["weight_scale"] = (math.ceil(linear.rows / blocks[0]), math.ceil(linear.columns / blocks[1]))
     return shapes
+
+
+def _costly_patterns(ignore: object) -> list[str]:
+    """Return the patterns whose matching may take exponential time, or all of them where there are too many."""
+    patterns = [str(one)[3:] for one in ignore if str(one).startswith("re:")] if isinstance(ignore, list) else []
+    if len(patterns) > _MAX_PATTERNS:
+        return patterns
+    return [
+        one
+        for one in patterns
+        if re.search(r"\)[*+?{]", one) or len(re.findall(r"[*+{]|(?<!\()\?", one)) > _MAX_REPEATS or len(one) > 500
+    ]
 
 
 def _is_ignored(name: str, ignore: object) -> bool:

@@ -23,7 +23,7 @@ from gemma_pack.oci.layer_reader import (
     read_tar_layer,
 )
 from gemma_pack.oci.layers import MODELS_DIRECTORY
-from gemma_pack.oci.manifest import CONFIG_TYPE, parse_json
+from gemma_pack.oci.manifest import IMAGE_CONFIG_TYPES, parse_json
 from gemma_pack.oci.source import DEFAULT_PLATFORM, RegistrySource, open_source, resolve
 from gemma_pack.safetensors_file import LENGTH_BYTES, TensorInfo, parse_header
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from gemma_pack.oci.source import Resolved
     from gemma_pack.oci.tar_reader import Member
 
-IMAGE_CONFIG_TYPES: Final = frozenset({CONFIG_TYPE, "application/vnd.docker.container.image.v1+json"})
 LINK_AND_WAIT: Final = "link-model-and-wait"
 """The program of opendatahub-io/modelcar-base-image, which does itself what KServe's `sh -c …` asks for."""
 CHAT_TEMPLATES: Final = ("chat_template.jinja", "chat_template.json")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 INDEX_TYPE: Final = "application/vnd.oci.image.index.v1+json"
 MANIFEST_TYPE: Final = "application/vnd.oci.image.manifest.v1+json"
 CONFIG_TYPE: Final = "application/vnd.oci.image.config.v1+json"
+IMAGE_CONFIG_TYPES: Final = frozenset({CONFIG_TYPE, "application/vnd.docker.container.image.v1+json"})
 LAYER_TYPE: Final = "application/vnd.oci.image.layer.v1.tar"
 GZIP_LAYER_TYPE: Final = LAYER_TYPE + "+gzip"
 EMPTY_TYPE: Final = "application/vnd.oci.empty.v1+json"

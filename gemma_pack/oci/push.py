@@ -24,7 +24,7 @@ from gemma_pack.oci.image import plan_image
 from gemma_pack.oci.journal import PushJournal, fingerprint
 from gemma_pack.oci.layers import read_file
 from gemma_pack.oci.layout import Layout, hash_stream
-from gemma_pack.oci.manifest import INDEX_TYPES, MANIFEST_TYPES, Descriptor, Document
+from gemma_pack.oci.manifest import IMAGE_CONFIG_TYPES, INDEX_TYPES, MANIFEST_TYPES, Descriptor, Document
 from gemma_pack.oci.reference import Reference, parse_reference, repository_on
 from gemma_pack.oci.siblings import Siblings
 from gemma_pack.oci.source import is_layout
@@ -63,6 +63,8 @@ class PushResult(BaseModel):
     """Of those that were not uploaded: what the image `shared_with` has, too."""
     shared_with: str | None
     """The tag, of this repository unless it names another one, that has the most bytes in common with this image."""
+    is_artifact: bool
+    """Whether it is files as they are, which no container runtime mounts."""
     seconds: float
 
 
@@ -104,11 +106,11 @@ def push(
         others = [stack.enter_context(connect(replace(reference, repository=name))) for name in repositories]
         siblings = Siblings.find([client, *others], reference.tag or reference.target)
         journal = stack.enter_context(PushJournal.beside(source, f"{reference.host}/{reference.repository}"))
-        task = stack.enter_context(reporter.progress(f"pushing to {reference.host}", upload.size_bytes, "bytes"))
-        uploader = Uploader(client, mount_from=repositories, journal=journal, advance=task.advance)
-        moved = in_parallel([partial(job, uploader, siblings) for job in upload.jobs], client.patience.stop)
-        documents = upload.documents([descriptor.digest for descriptor, _ in moved])
-        moved += [_bring_document(uploader, document) for document in documents if not _is_manifest(document)]
+        with reporter.progress(f"pushing to {reference.host}", upload.size_bytes, "bytes") as task:
+            uploader = Uploader(client, mount_from=repositories, journal=journal, advance=task.advance)
+            moved = in_parallel([partial(job, uploader, siblings) for job in upload.jobs], client.patience.stop)
+            documents = upload.documents([descriptor.digest for descriptor, _ in moved])
+            moved += [_bring_document(uploader, document) for document in documents if not _is_manifest(document)]
         digest = _tag(client, [document for document in documents if _is_manifest(document)])
         reporter.status("asking the registry for every part again")
         _verify(client, digest, [descriptor for descriptor, _ in moved])
@@ -127,6 +129,7 @@ def push(
         mounted_bytes=totals["mounted"],
         shared_bytes=shared_bytes,
         shared_with=shared_with or None,
+        is_artifact=upload.is_artifact,
         seconds=round(time.monotonic() - begin_s, 3),
     )
 
@@ -139,6 +142,7 @@ class _Image:
     jobs: Sequence[Job]
     documents: Callable[[Sequence[str]], Sequence[Document]]
     """From the digests in the order of `jobs` to configs, manifests and, last, the root."""
+    is_artifact: bool = False
 
 
 def _plan(directory: Path) -> ImagePlan:
@@ -162,6 +166,7 @@ def _from_layout(layout: Layout) -> _Image:
         size_bytes=sum(blob.size_bytes for blob in ordered),
         jobs=[_file_job(blob, paths[blob.digest]) for blob in ordered],
         documents=lambda _: documents,
+        is_artifact=all(manifest.config.media_type not in IMAGE_CONFIG_TYPES for _, manifest in manifests),
     )
 
 

@@ -129,3 +129,17 @@ def test_torch_is_not_needed():
         "import sys; from gemma_pack.commands import run; import gemma_pack.oci.push; sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_what_comes_next_is_for_an_image_or_an_artifact(
+    registry: Registry, raw_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+):
+    directory = raw_checkpoint()
+    assert run(["package", str(directory), "--layout", "both"]) == 0
+    for layout, hint in (
+        (f"{directory}.oci", "gemma-pack deploy "),
+        (f"{directory}.artifact.oci", f"ilab model download --repository docker://{registry.host}/a/b --release 1"),
+    ):
+        capsys.readouterr()
+        assert run(["push", layout, f"{registry.host}/a/b:1"]) == 0
+        assert f"hint: {hint}" in capsys.readouterr().err

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,8 +22,7 @@ from gemma_pack.oci.layout import hash_stream
 from gemma_pack.oci.manifest import CONFIG_TYPE, INDEX_TYPE, MANIFEST_TYPE, Platform, sha256_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
 
 @pytest.fixture(autouse=True)
@@ -158,28 +160,49 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(raw_checkpoint: Callable[..
 
 BUILD = """
 import os, sys, time
-os.umask(int(sys.argv[2], 8))
-time.time = lambda: float(sys.argv[3])
 from pathlib import Path
 from gemma_pack.console import Console
 from gemma_pack.oci.package import package
-source = Path(sys.argv[1])
-print(package(source, source.parent / "image.oci", reporter=Console("quiet")).digest)
+
+source, base, umask, clock, user = Path(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4]), int(sys.argv[5])
+package(source, source.parent / "all modules are loaded.oci", base=base, reporter=Console("quiet"))
+if user:  # who may not be allowed to read the interpreter's own files
+    os.setgroups([]), os.setgid(user), os.setuid(user)
+os.umask(int(umask, 8))
+time.time = lambda: clock
+print(package(source, source.parent / "image.oci", base=base, reporter=Console("quiet")).digest)
 """
 
 
-def test_two_builds_on_different_machines_give_the_same_image(raw_checkpoint: Callable[..., Path]) -> None:
-    first, second = raw_checkpoint("here/model"), raw_checkpoint("somewhere/else/entirely")
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """Yield a directory that another user can reach, which pytest's own is not."""
+    with tempfile.TemporaryDirectory(prefix="public-") as place:
+        Path(place).chmod(0o755)
+        yield Path(place)
+
+
+def test_two_builds_on_different_machines_give_the_same_image(
+    raw_checkpoint: Callable[..., Path], public: Path
+) -> None:
+    import modelcar_base_image
+
+    stranger = 4242 if os.geteuid() == 0 else 0
+    base = shutil.copytree(Path(modelcar_base_image.__file__).parent / "embedded_oci_layout", public / "base")
+    first = raw_checkpoint("here/model")
+    second = Path(shutil.copytree(first, public / "somewhere/else/entirely"))
     for number, path in enumerate(sorted(second.rglob("*"), reverse=True)):
         path.chmod(0o640)
         os.utime(path, (1_500_000_000 + number, 1_600_000_000 + number))
+    for path in (second.parent, second, *second.rglob("*")) if stranger else ():
+        os.chown(path, stranger, stranger)
     environments = (
-        (first, "022", "1000000000", {"TZ": "UTC", "LC_ALL": "C", "PYTHONHASHSEED": "1"}),
-        (second, "077", "2000000000", {"TZ": "Asia/Kolkata", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "2"}),
+        (first, "022", "1000000000", 0, {"TZ": "UTC", "LC_ALL": "C", "PYTHONHASHSEED": "1"}),
+        (second, "077", "2000000000", stranger, {"TZ": "Asia/Kolkata", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "2"}),
     )
     digests = [
         subprocess.run(
-            [sys.executable, "-c", BUILD, str(directory), umask, clock],
+            [sys.executable, "-c", BUILD, str(directory), str(base), umask, clock, str(user)],
             env={"PATH": os.environ["PATH"], "HOME": str(directory.parent), **environment},
             cwd=directory.parent,
             check=True,
@@ -187,7 +210,7 @@ def test_two_builds_on_different_machines_give_the_same_image(raw_checkpoint: Ca
             text=True,
             timeout=60,
         ).stdout
-        for directory, umask, clock, environment in environments
+        for directory, umask, clock, user, environment in environments
     ]
     assert digests[0] == digests[1]
     files = [

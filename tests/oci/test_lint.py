@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gemma_pack.console import Console
 from gemma_pack.oci.finding import EVERYONE, RUNTIMES, TAR_READERS, Finding
@@ -21,6 +23,8 @@ from tests.oci.gemma_images import CONFIG, W4A16, Image, image, member, model, p
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
+
+    from gemma_pack.oci.inspection import Inspection
 
 OF_A_MODELCAR = {"titled-files", "model-pack"}
 OF_AN_ARTIFACT = {"is-image", "models-directory"}
@@ -129,6 +133,17 @@ CASES: dict[str, tuple[str, str, tuple[str, ...], Callable[[], Image]]] = {
     "no Gemma": ("known-family", "warning", EVERYONE, gemma(plain(), {"model_type": "llama"})),
     "no embedding": (
         "known-family", "fails", EVERYONE, gemma(without(plain(), "model.embed_tokens.weight"))
+    ),
+    "more layers than could be counted": (
+        "known-family", "fails", EVERYONE, gemma(plain(), {"num_hidden_layers": 10**12})
+    ),
+    "a pattern that never ends": (
+        "quantization", "unknown", EVERYONE,
+        gemma(packed(), {"quantization_config": W4A16 | {"ignore": [r"re:(\w|\.|\w)+!"]}}),
+    ),
+    "patterns without end": (
+        "quantization", "unknown", EVERYONE,
+        gemma(packed(), {"quantization_config": W4A16 | {"ignore": ["re:.*x"] * 51}}),
     ),
     "another hidden size": ("shapes", "fails", EVERYONE, gemma(plain(), {"hidden_size": 32})),
     "another vocabulary": ("shapes", "fails", EVERYONE, gemma(plain(), {"vocab_size": 101})),
@@ -315,3 +330,49 @@ def test_what_was_packaged_works_for_whom_it_is(tmp_path: Path):
         assert {one.consumer for one in judgements if one.verdict == "works"} == works
     bare = package(directory, tmp_path / "bare", base="none", reporter=Console("quiet")).layout
     assert {one.consumer: one.verdict for one in judge(found_in(bare))}["modelcar"] == "fails"
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 70) | st.just(10**30) | st.floats() | st.text(max_size=3)
+    | st.sampled_from(["Linear", "block", "group", "pack-quantized", "re:(", "re:.*", "float-quantized"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["weights", "a"]), inner, max_size=2),
+    max_leaves=4,
+)  # fmt: skip
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return where something stands in a JSON value."""
+    found = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(inner for key, one in found for inner in places(one, (*path, key)))]
+
+
+def put_at(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    copied = value.copy()
+    copied[path[0]] = put_at(value[path[0]], path[1:], new)
+    return copied
+
+
+QUANTIZED_CONFIGS = [
+    CONFIG | QUANTIZED,
+    CONFIG | {"quantization_config": FP8_CONFIG | {"config_groups": {"g": {"targets": ["Linear"], "weights": {
+        "num_bits": 8, "type": "float", "strategy": "block", "block_structure": [32, 32]}}}}},
+    CONFIG | {"text_config": CONFIG, "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_no_config_is_a_traceback(looked_at: Inspection, data: st.DataObject):
+    config = data.draw(st.sampled_from(QUANTIZED_CONFIGS))
+    for _ in range(data.draw(st.integers(1, 3))):
+        config = put_at(config, data.draw(st.sampled_from(places(config))), data.draw(ANYTHING))
+    contents = dict(looked_at.contents) | {"config.json": json.dumps(config).encode()}
+    for finding in lint(replace(looked_at, contents=contents)):
+        assert finding.message
+
+
+@pytest.fixture(scope="module")
+def looked_at(tmp_path_factory: pytest.TempPathFactory) -> Inspection:
+    return inspect(image(model(packed(), QUANTIZED)).write(tmp_path_factory.mktemp("image") / "image"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from tests.oci.conftest import ContainerStorage
     from tests.oci.registry import Registry
 
 QUIET = Console("quiet")
@@ -52,6 +54,26 @@ def test_a_layout_arrives_whole_and_is_read_by_skopeo(
     assert Layout.open(copied).root.digest == root.digest
     names = {path.name: path.read_bytes() for path in (source / "blobs" / "sha256").iterdir()}
     assert {path.name: path.read_bytes() for path in (copied / "blobs" / "sha256").iterdir()} == names
+
+
+@pytest.mark.parametrize("reader", ["podman", "buildah"])
+def test_podman_and_buildah_pull_what_was_pushed_by_its_digest(
+    registry: Registry,
+    random_layout: Callable[..., Path],
+    container_storage: ContainerStorage,
+    tool: Callable[[str], str],
+    reader: str,
+):
+    source = random_layout(size_bytes=100_000)
+    result = push(source, f"{registry.host}/team/gemma:1", reporter=QUIET)
+    pull = [tool(reader), *container_storage.options, "pull", "--quiet", "--tls-verify=false", result.pinned]
+    subprocess.run(pull, check=True, capture_output=True, timeout=60)
+    kept = subprocess.run(
+        [tool("skopeo"), "inspect", "--raw", container_storage.prefix + result.pinned],
+        check=True, capture_output=True, timeout=60,
+    ).stdout  # fmt: skip
+    manifests = [descriptor.digest for descriptor, _ in Layout.open(source).manifests()]
+    assert f"sha256:{hashlib.sha256(kept).hexdigest()}" in {result.digest, *manifests}
 
 
 def test_a_second_push_sends_nothing(registry: Registry, random_layout: Callable[..., Path]):
