@@ -189,6 +189,18 @@ def test_ilab_finds_every_file_after_a_push(
     assert {name: path.read_bytes() for name, path in ilab_files(received).items()} == contents(checkpoint)
 
 
+def test_oras_pulls_every_file_under_its_name(
+    checkpoint: Path, registry: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # no logins of whoever runs this
+    from oras.client import OrasClient
+
+    reference = f"{registry.host}/models/gemma:1"
+    push(pack(checkpoint), reference, reporter=Console("quiet"))
+    OrasClient(insecure=True).pull(target=reference, outdir=str(tmp_path / "pulled"))
+    assert contents(tmp_path / "pulled") == contents(checkpoint)
+
+
 def test_two_files_of_the_same_bytes_come_with_a_warning(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (checkpoint / "tokenizer_config.json").write_text("{}")
     files = ilab_files(pack(checkpoint, Console()))
