@@ -117,6 +117,9 @@ class Recipe(_Part):
     algorithm: Literal["nearest", "gptq"]
     """`nearest` rounds each weight by itself; `gptq` makes up for each rounding in the weights still to come."""
     gptq: Gptq = Gptq()
+    kv_cache: Literal["fp8"] | None = None
+    """`fp8` adds scales for a server's cache of keys and values, which then takes half the memory; None leaves it in
+    bf16."""
     smoothing: Smoothing | None = None
     """None leaves activations as they are."""
     refinement: Refinement | None = None
@@ -165,6 +168,8 @@ class Recipe(_Part):
     def _leaves_bitsandbytes_alone(self) -> Recipe:
         if self.for_bitsandbytes and self.algorithm != "nearest":
             raise ValueError(f"algorithm must be nearest with {self.scheme}: bitsandbytes rounds by itself")
+        if self.for_bitsandbytes and self.kv_cache:
+            raise ValueError(f"kv_cache has no effect with {self.scheme}: its servers read no scales of a cache")
         if self.for_bitsandbytes and "observer" in self.model_fields_set:
             raise ValueError(f"observer has no effect with {self.scheme}: bitsandbytes chooses its scales by itself")
         return self
@@ -180,7 +185,9 @@ class Recipe(_Part):
         if self.smoothing and self.scheme not in ("W8A8", "FP8", "FP8_DYNAMIC", "NVFP4"):
             raise ValueError(f"smoothing is for schemes that quantize activations, not for {self.scheme}")
         if self.needs_calibration and self.calibration is None:
-            raise ValueError("calibration is missing: GPTQ, smoothing, refinement and static scales learn from text")
+            raise ValueError(
+                "calibration is missing: GPTQ, smoothing, refinement, kv_cache and static scales learn from text"
+            )
         if not self.needs_calibration and self.calibration is not None:
             raise ValueError("calibration has no effect: this recipe rounds to nearest and learns nothing from text")
         return self
@@ -197,6 +204,7 @@ class Recipe(_Part):
             self.algorithm == "gptq"
             or self.smoothing is not None
             or self.refinement is not None
+            or self.kv_cache is not None
             or self.scheme in ("FP8", "NVFP4")
         )
 

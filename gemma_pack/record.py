@@ -124,7 +124,7 @@ class QuantizationRecord(_Part):
     format: Literal["compressed-tensors", "bitsandbytes"] = "compressed-tensors"
     calibration: TextRecord | None = None
     smoothing: EquivalenceProof | None = None
-    """None where nothing was smoothed. Factors are (1 + norm's weight) of the base over those of the variant."""
+    """None where nothing was smoothed. Factors are the norm's gain in the base over that in the variant."""
     refinement: RefinementRecord | None = None
     device: str
     versions: dict[str, str]

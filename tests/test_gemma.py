@@ -72,7 +72,7 @@ def test_supported_families(config: dict[str, Any], name: str, attention: str):
     [
         ("gemma", "Gemma 1 is not supported yet"),
         ("gemma3n", "Gemma 3n is not supported yet"),
-        ("gemma4", "Gemma 4 is not supported yet"),
+        ("gemma4_unified_text", "the decoder alone of Gemma 4 unified is not supported yet"),
         ("paligemma", "PaliGemma is not supported yet"),
         ("gemma9_text", "gemma9_text is not supported yet"),
         ("llama", "this is not a Gemma: config.json says model_type 'llama'"),
@@ -84,15 +84,17 @@ def test_others_are_refused_by_name(model_type: object, message: str):
     with pytest.raises(CheckpointError) as caught:
         require_gemma({"model_type": model_type})
     assert caught.value.message == message
-    assert caught.value.hint == "supported are Gemma 2, Gemma 3, Gemma 3 with vision"
+    assert caught.value.hint == (
+        "supported are Gemma 2, Gemma 3, Gemma 3 with vision, Gemma 4, Gemma 4 with vision, Gemma 4 unified"
+    )
 
 
 def test_every_gemma_that_transformers_knows_is_supported_or_refused_by_name(transformers: ModuleType):
     known = {name for name in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES if "gemma" in name}
-    supported = {"gemma2", "gemma3", "gemma3_text"}
+    supported = {"gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "gemma4_unified"}
     assert known > supported
     for model_type in supported:
-        require_gemma({"model_type": model_type})
+        require_gemma({"model_type": model_type, "hidden_size_per_layer_input": 0})
     for model_type in known - supported:
         with pytest.raises(CheckpointError, match=r"\w is not supported yet$"):
             require_gemma({"model_type": model_type})

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel
 
-Family = Literal["gemma2", "gemma3_text", "gemma3"]
+Family = Literal["gemma2", "gemma3_text", "gemma3", "gemma4_text", "gemma4", "gemma4_unified"]
 
 VOCABULARY_SIZE = 512
 WORDS = "the of and to in is that it for with as was on by this are be not from model weight scale block layer error"
@@ -47,7 +47,8 @@ def write_tiny(directory: Path, family: Family = "gemma3_text", *, seed: int = 0
     """Write a random bf16 checkpoint with its tokenizer into `directory`, which it makes, and return it.
 
     Three layers (sliding, full, sliding), hidden size 128, 512 tokens, tied embeddings; RMSNorm weights are random too,
-    because zeros would survive a rewrite that real ones do not. `gemma3` has a vision tower of one layer.
+    because zeros would survive a rewrite that real ones do not. `gemma3` and `gemma4` have a vision tower of one layer.
+    A Gemma 4 is sliding, sliding, full; its full layer has wider heads, fewer keys and no values of its own.
     """
     import torch
 
@@ -56,8 +57,11 @@ def write_tiny(directory: Path, family: Family = "gemma3_text", *, seed: int = 0
     model = _model(family)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.normal_(0, 0.3)
+            if "norm" in name:  # Gemma 4's weight is the gain, the others' is what is added to 1
+                parameter.normal_(float("gemma4" in family), 0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.0)
     model.to(torch.bfloat16).save_pretrained(directory)
     write_tokenizer(directory)
     return directory
@@ -91,6 +95,8 @@ def _model(family: Family) -> PreTrainedModel:
         Gemma3TextConfig,
     )
 
+    if family.startswith("gemma4"):
+        return _gemma4(family)
     if family == "gemma2":
         # Gemma 2's soft caps, at their published values, must have something to cap
         config: PretrainedConfig = Gemma2Config(**_TEXT, attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
@@ -116,6 +122,49 @@ def _model(family: Family) -> PreTrainedModel:
         tie_word_embeddings=True,
     )
     return Gemma3ForConditionalGeneration(config)
+
+
+def _gemma4(family: Family) -> PreTrainedModel:
+    from transformers import (
+        Gemma4Config,
+        Gemma4ForCausalLM,
+        Gemma4ForConditionalGeneration,
+        Gemma4TextConfig,
+        Gemma4UnifiedConfig,
+        Gemma4UnifiedForConditionalGeneration,
+    )
+
+    text = {name: value for name, value in _TEXT.items() if name != "query_pre_attn_scalar"} | {
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "num_key_value_heads": 2,
+        "global_head_dim": 128,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "final_logit_softcapping": 30.0,
+        "use_bidirectional_attention": "vision",
+    }
+    images = {"boi_token_id": 506, "eoi_token_id": 507, "image_token_id": 508, "video_token_id": 509}
+    sounds = {"boa_token_id": 504, "eoa_token_index": 505, "audio_token_id": 510}
+    if family == "gemma4_unified":
+        vision = {"patch_size": 4, "mm_embed_dim": 128, "mm_posemb_size": 16, "output_proj_dims": 128}
+        config: PretrainedConfig = Gemma4UnifiedConfig(
+            text_config=text, vision_config=vision, audio_config={"output_proj_dims": 128}, **images, **sounds
+        )
+        return Gemma4UnifiedForConditionalGeneration(config)
+    text["hidden_size_per_layer_input"] = 0
+    if family == "gemma4_text":
+        return Gemma4ForCausalLM(Gemma4TextConfig(**text))
+    vision = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "patch_size": 4,
+        "position_embedding_size": 64,
+    }
+    return Gemma4ForConditionalGeneration(Gemma4Config(text_config=text, vision_config=vision, **images, **sounds))
 
 
 def _vocabulary() -> Vocabulary:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from gemma_pack.console import format_bytes
 from gemma_pack.errors import InvalidUsageError
-from gemma_pack.gemma import decoder_number, kv_cache_bytes, require_gemma
+from gemma_pack.gemma import decoder_number, kv_cache_bytes, layer_number, require_gemma
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -140,7 +140,8 @@ def _context(config: Mapping[str, Any], wanted: int | None) -> int:
 
 def _split(image: Servable, kv_cache: int, demand: Demand) -> tuple[int, int]:
     """Return the smallest number of GPUs that is enough, and the bytes that each must have."""
-    kv_heads = decoder_number(image.config, "num_key_value_heads")
+    layers = range(decoder_number(image.config, "num_hidden_layers"))
+    kv_heads = min(layer_number(image.config, "num_key_value_heads", layer) for layer in layers)
     needed = 0
     for gpus in filter(lambda count: _divides(image.config, count), GPU_COUNTS):
         share = max(1, kv_heads // gpus) / kv_heads  # vLLM repeats heads rather than cut one

@@ -1,9 +1,9 @@
 """What smoothing multiplied a layer's columns and divided its rows by, read from the two checkpoints.
 
 Smoothing divides a layer's input and multiplies the columns that meet it (SmoothQuant, arXiv 2211.10438). Where a norm
-makes the input, its gain 1 + w says by how much: base over variant. Where up_proj's rows feed down_proj's columns,
-the factors are powers of two, and the columns' own norms say which. Up is held to what down's columns say, so that a
-pair that no longer cancels out shows.
+makes the input, its gain (1 + w, in Gemma 4 w) says by how much: base over variant. Where up_proj's rows feed
+down_proj's columns, the factors are powers of two, and the columns' own norms say which. Up is held to what down's
+columns say, so that a pair that no longer cancels out shows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gemma_pack.gemma import FUSED_GROUPS, NORM_BEFORE
+from gemma_pack.gemma import FUSED_GROUPS, NORM_BEFORE, norm_offset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,8 @@ def smoothing_factors(
     by_column, by_row = torch.ones(columns), torch.ones(rows)
     if norm := NORM_BEFORE.get(first):
         name = f"{parent.rpartition('.')[0]}.{norm}.weight"
-        gains = [1 + opened.rows(name).float() for opened in (source, variant)]
+        offset = norm_offset(source.checkpoint.config)
+        gains = [offset + opened.rows(name).float() for opened in (source, variant)]
         by_column = (gains[0] / gains[1]).nan_to_num(nan=1.0, posinf=1.0)  # a gain of zero was left alone
     if module == "down_proj":
         by_column = _powers(layer, source, weights)

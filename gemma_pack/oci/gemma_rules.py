@@ -16,6 +16,7 @@ from gemma_pack.gemma import (
     decoder_number,
     decoder_prefix,
     is_embedding_or_head,
+    linear_shape,
     require_gemma,
     text_config,
 )
@@ -209,13 +210,6 @@ def _gemma(inspection: Inspection) -> _Gemma:
     config, tensors = read_config(inspection) or {}, read_tensors(inspection)
     require_gemma(config)
     prefix = decoder_prefix(tensors)
-    hidden, middle = decoder_number(config, "hidden_size"), decoder_number(config, "intermediate_size")
-    dim = decoder_number(config, "head_dim")
-    heads, shared = (decoder_number(config, f"num_{kind}_heads") * dim for kind in ("attention", "key_value"))
-    sizes = {
-        "q_proj": (heads, hidden), "k_proj": (shared, hidden), "v_proj": (shared, hidden), "o_proj": (hidden, heads),
-        "gate_proj": (middle, hidden), "up_proj": (middle, hidden), "down_proj": (hidden, middle),
-    }  # fmt: skip
     held: dict[str, dict[str, TensorInfo]] = {}
     for name, tensor in tensors.items():
         module, weight, rest = name.partition(".weight")
@@ -226,7 +220,7 @@ def _gemma(inspection: Inspection) -> _Gemma:
         [
             _Linear(name=name, rows=rows, columns=columns, tensors=held.get(name, {}))
             for name in group
-            for rows, columns in [sizes[name.rpartition(".")[2]]]
+            for rows, columns in [linear_shape(config, name)]
         ]
         for layer in decoder_linears(config, prefix)
         for group in layer

@@ -11,23 +11,23 @@ for all of them, whichever are made in one run.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma_pack.gemma import decoder_linears, decoder_prefix
+from gemma_pack.gemma import decoder_linears, decoder_prefix, norm_offset
 from gemma_pack.quantization.decoder import Decoder
 from gemma_pack.quantization.equivalence import Equivalence
+from gemma_pack.quantization.hidden_states import HiddenStates
+from gemma_pack.quantization.kv_cache import KeyValueRange
 from gemma_pack.quantization.packing import pack
-from gemma_pack.quantization.rounding import InputStatistics, round_group
+from gemma_pack.quantization.rounding import round_group
 from gemma_pack.quantization.scheme import quantization_scheme
 from gemma_pack.quantization.transforms import Smoothed, feeder_of, norm_of, smooth, smoothed_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     import numpy as np
     from torch import Tensor
@@ -36,14 +36,11 @@ if TYPE_CHECKING:
     from gemma_pack.console import Reporter
     from gemma_pack.quantization.journal import Journal
     from gemma_pack.quantization.ranks import Ranks
+    from gemma_pack.quantization.rounding import InputStatistics
     from gemma_pack.recipe import Recipe
 
-_TOKENS_A_BATCH = 4096
-"""Tokens in one forward call: enough to keep two cores or a GPU busy, few enough for 2 GB of memory."""
 EQUIVALENCE = "equivalence"
 """The journal's entry with the KL that smoothing left."""
-MAX_STATES_IN_MEMORY_BYTES = 8_000_000_000
-"""Hidden states beyond this lie in a file: 512 x 2048 tokens of a 9B are 7.5 GB, of a 27B 9.7 GB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +59,18 @@ class Draft:
             if group[0] not in self.ignored and not self.journal.holds(entry(index, number))
         ]
 
-    def last_missing(self, layers: Sequence[Sequence[Sequence[str]]]) -> int:
-        """Return the last layer that must still be run, -1 for none."""
-        if self.unproved:
-            return len(layers) - 1
-        return max((index for index, groups in enumerate(layers) if self.missing(index, groups)), default=-1)
+    def lacks_cache_scales(self, index: int) -> bool:
+        """Return whether the recipe wants scales of keys and values that the journal does not hold yet."""
+        return self.recipe.kv_cache is not None and not self.journal.holds(entry(index, "kv"))
+
+    def learns_from(self, index: int, groups: Sequence[Sequence[str]]) -> bool:
+        """Return whether statistics of the layer's inputs are needed."""
+        planned = self.recipe.smoothing is None or self.journal.holds(smoothing_entry(index))
+        return bool(self.missing(index, groups)) or not planned
+
+    def unfinished(self, layers: Sequence[Sequence[Sequence[str]]]) -> list[int]:
+        """Return the layers of which something is missing."""
+        return [i for i, groups in enumerate(layers) if self.learns_from(i, groups) or self.lacks_cache_scales(i)]
 
     @property
     def unproved(self) -> bool:
@@ -74,9 +78,14 @@ class Draft:
         return self.recipe.smoothing is not None and not self.journal.holds(EQUIVALENCE)
 
 
-def entry(index: int, number: int) -> str:
-    """Return the journal's name for a group of a layer, in the order of the layers."""
+def entry(index: int, number: int | str) -> str:
+    """Return the journal's name for a group of a layer, or for its `kv` scales, in the order of the layers."""
     return f"layer-{index:03}-{number}"
+
+
+def smoothing_entry(index: int) -> str:
+    """Return the journal's name for how a layer is smoothed."""
+    return f"smoothing-{index:03}"
 
 
 def quantize_layers(
@@ -102,21 +111,28 @@ def quantize_layers(
         QuantizationError: activations are not finite, a Hessian cannot be factorized, or smoothing changed a layer.
     """
     layers = decoder_linears(checkpoint.config, decoder_prefix(checkpoint.tensors))
-    last = max((draft.last_missing(layers) for draft in drafts), default=-1)
-    if last < 0:
-        return
-    decoder = Decoder(checkpoint, device)
+    unfinished = [index for draft in drafts for index in draft.unfinished(layers)]
     proofs = [Equivalence(checkpoint, ids, device) if draft.unproved else None for draft in drafts]
+    if not unfinished and not any(proofs):
+        return
+    learning = max(unfinished, default=-1)
+    last = len(layers) - 1 if any(proofs) else learning
+    decoder = Decoder(checkpoint, device)
     with (
         HiddenStates(decoder, ranks.share(ids), drafts[0].journal.directory, ranks) as stream,
         reporter.progress("quantize layers", len(layers)) as task,
     ):
+        offset = norm_offset(checkpoint.config)
+        first = stream.begin(min(unfinished, default=last + 1))
         for index, groups in enumerate(layers[: last + 1]):
-            needed = any(draft.missing(index, groups) for draft in drafts)
-            statistics = stream.advance(index, groups if needed else [])
+            needed = any(draft.learns_from(index, groups) for draft in drafts)
+            cache = KeyValueRange(device) if any(draft.lacks_cache_scales(index) for draft in drafts) else None
+            statistics: list[InputStatistics] = []
+            if first <= index <= learning:
+                statistics = stream.advance(index, groups if needed else [], cache)
             tensors = {name: tensor.to(device) for name, tensor in decoder.tensors(index).items()} if needed else {}
             for draft, proof in zip(drafts, proofs, strict=True):
-                smoothed = _smooth_layer(draft, index, groups, tensors, statistics)
+                smoothed = _smooth_layer(draft, index, groups, tensors, statistics, offset=offset)
                 if proof:
                     proof.advance(index, groups, smoothed)
                 for number in draft.missing(index, groups):
@@ -124,6 +140,11 @@ def quantize_layers(
                         weights = smoothed_weights(groups[number], tensors, groups, smoothed)
                         made = _round(draft.recipe, groups[number], weights, statistics[number], smoothed[number])
                         draft.journal.save(entry(index, number), made)
+                if cache and ranks.is_first and draft.lacks_cache_scales(index):
+                    attention = groups[0][0].rpartition(".")[0]
+                    draft.journal.save(entry(index, "kv"), cache.scales(attention))
+            if first <= index < learning:
+                stream.keep(index + 1)
             task.advance()
         task.advance(len(layers) - last - 1)
     for draft, proof in zip(drafts, proofs, strict=True):
@@ -138,22 +159,24 @@ def _smooth_layer(
     groups: Sequence[Sequence[str]],
     tensors: Mapping[str, Tensor],
     statistics: Sequence[InputStatistics],
+    *,
+    offset: int,
 ) -> list[Smoothed | None]:
     """Return how each group of a layer is smoothed: as the journal says, else by statistics, kept in the journal."""
     if draft.recipe.smoothing is None:
         return [None] * len(groups)
-    name = f"smoothing-{index:03}"
-    kept = draft.journal.load(name)
+    strength = draft.recipe.smoothing.strength
+    kept = draft.journal.load(smoothing_entry(index))
     if kept is None:
         kept = {}
         for number, (group, seen) in enumerate(zip(groups, statistics, strict=True)):
             names = {group[0], feeder_of(group) or group[0]}
-            change = None if names & draft.ignored else smooth(group, tensors, seen, draft.recipe.smoothing.strength)
+            change = None if names & draft.ignored else smooth(group, tensors, seen, strength, offset=offset)
             if change is not None:
                 kept[f"{number}.columns"] = change.columns.cpu()
             if change is not None and change.norm_weight is not None:
                 kept[f"{number}.norm"] = change.norm_weight.cpu()
-        draft.journal.save(name, kept)
+        draft.journal.save(smoothing_entry(index), kept)
     return [
         Smoothed(kept[f"{number}.columns"], norm_of(group), kept.get(f"{number}.norm"))
         if f"{number}.columns" in kept
@@ -183,65 +206,3 @@ def _round(
     for name, linear in zip(group, rounded, strict=True):
         made |= pack(name, replace(linear, input_scale=input_scale), scheme)
     return made
-
-
-class HiddenStates:
-    """The hidden states of calibration windows as they travel through the decoder: on the CPU, or in a file."""
-
-    def __init__(
-        self, decoder: Decoder, ids: np.ndarray[Any, np.dtype[np.int32]], directory: Path, ranks: Ranks
-    ) -> None:
-        """Embed int32 [windows, tokens]; states beyond `MAX_STATES_IN_MEMORY_BYTES` lie in a file in `directory`."""
-        self.decoder, self.ranks = decoder, ranks
-        self.batch = max(1, _TOKENS_A_BATCH // ids.shape[1])
-        self.file = directory / f"states-{ranks.rank}"
-        shape = (*ids.shape, decoder.width)
-        if 2 * math.prod(shape) <= MAX_STATES_IN_MEMORY_BYTES:
-            self.states = torch.empty(shape, dtype=torch.bfloat16)
-        else:
-            size = math.prod(shape)
-            self.states = torch.from_file(str(self.file), shared=True, size=size, dtype=torch.bfloat16).view(shape)
-        for begin in range(0, len(ids), self.batch):
-            self.states[begin : begin + self.batch] = decoder.embed(ids[begin : begin + self.batch])
-        self.arguments: dict[int, dict[str, dict[str, Any]]] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.unlink(missing_ok=True)
-
-    @torch.no_grad()
-    def advance(self, index: int, observed: Sequence[Sequence[str]]) -> list[InputStatistics]:
-        """Replace the states by what layer `index` makes of them.
-
-        Args:
-            index: the layer, whose weights are loaded for it.
-            observed: groups of linears that share an input, by module name.
-
-        Returns:
-            For each group the statistics of its input, over the windows of all processes.
-        """
-        layer = self.decoder.load_layer(index)
-        linears: list[Any] = [layer.get_submodule(self.decoder.within_layer(group[0])) for group in observed]
-        statistics = [InputStatistics(linear.in_features, self.decoder.device) for linear in linears]
-
-        def adder(seen: InputStatistics) -> Any:  # noqa: ANN401 - the type of a torch hook
-            return lambda _module, inputs: seen.add(inputs[0])
-
-        hooks = [
-            linear.register_forward_pre_hook(adder(seen)) for linear, seen in zip(linears, statistics, strict=True)
-        ]
-        try:
-            for states in torch.split(self.states, self.batch):
-                windows, tokens, _ = states.shape
-                if windows not in self.arguments:
-                    self.arguments[windows] = self.decoder.layer_arguments(windows, tokens)
-                arguments = self.arguments[windows][self.decoder.kinds[index]]
-                states.copy_(layer(states.to(self.decoder.device), **arguments))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for seen in statistics:
-            seen.merge(self.ranks)
-        return statistics

@@ -8,12 +8,13 @@ the memory it takes does not grow with the number of layers.
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gemma_pack.errors import CheckpointError
-from gemma_pack.gemma import attention_implementation, decoder_prefix, layer_types
+from gemma_pack.gemma import attention_implementation, decoder_prefix, layer_number, layer_types
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,9 +42,9 @@ class Decoder:
         self.prefix = decoder_prefix(checkpoint.tensors)
         self.kinds = layer_types(checkpoint.config)
         self.depth = len(self.kinds)
-        self._first_of_kind = [self.kinds.index(kind) for kind in dict.fromkeys(self.kinds)]
-        self._model = _skeleton(checkpoint, [self.kinds[i] for i in self._first_of_kind], device, dtype)
-        self._layers = {self.kinds[i]: self._model.layers[slot] for slot, i in enumerate(self._first_of_kind)}
+        first_of_kind = {kind: self.kinds.index(kind) for kind in self.kinds}
+        self._model = _skeleton(checkpoint, first_of_kind, device, dtype)
+        self._layers = dict(zip(first_of_kind, self._model.layers, strict=True))
         _fill(self._model.embed_tokens, checkpoint, f"{self.prefix}embed_tokens.")
         _fill(self._model.norm, checkpoint, f"{self.prefix}norm.")
         self.width: int = self._model.config.hidden_size
@@ -90,7 +91,10 @@ class Decoder:
         captured: list[dict[str, Any]] = []
 
         def capture(_layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-            captured.append({key: value for key, value in kwargs.items() if key != "past_key_values"})
+            kept = {key: value for key, value in kwargs.items() if key != "past_key_values"}
+            if "shared_kv_states" in kept:
+                kept["shared_kv_states"] = _Unread()
+            captured.append(kept)
             return args, kwargs
 
         hooks = [layer.register_forward_pre_hook(capture, with_kwargs=True) for layer in self._layers.values()]
@@ -102,15 +106,32 @@ class Decoder:
         return dict(zip(self._layers, captured, strict=True))
 
 
-def _skeleton(checkpoint: Checkpoint, kinds: list[str], device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ANN401 - a transformers model
-    """Return the text model with one layer of each of `kinds`, its parameters uninitialised."""
+class _Unread(UserDict[str, Any]):
+    """Where Gemma 4's layers leave keys and values for later layers that share them; no supported model has such."""
+
+    def __setitem__(self, kind: str, states: object) -> None:
+        """Drop them."""
+
+
+def _skeleton(
+    checkpoint: Checkpoint, first_of_kind: Mapping[str, int], device: torch.device, dtype: torch.dtype
+) -> Any:  # noqa: ANN401 - a transformers model
+    """Return the text model with one layer of each kind, its parameters uninitialised.
+
+    `first_of_kind` says which layer has the shapes of its kind.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
     config = copy.deepcopy(config.get_text_config())
-    config.layer_types = kinds
-    config.num_hidden_layers = len(kinds)
+    config.layer_types = list(first_of_kind)
+    config.num_hidden_layers = len(first_of_kind)
+    if config.is_heterogeneous:  # Gemma 4's full layers have heads of their own
+        config.per_layer_config = {
+            slot: {name: layer_number(checkpoint.config, name, layer) for name in ("head_dim", "num_key_value_heads")}
+            for slot, layer in enumerate(first_of_kind.values())
+        }
     with no_init_weights(), device:
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention_implementation(checkpoint.config)
@@ -120,8 +141,8 @@ def _skeleton(checkpoint: Checkpoint, kinds: list[str], device: torch.device, dt
 
 def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
     """Copy the tensors named `prefix` + parameter name into the module, in place."""
-    for name, parameter in module.named_parameters():
-        parameter.data.copy_(read_tensor(checkpoint, prefix + name))
+    for name, tensor in module.state_dict().items():  # parameters, and buffers such as Gemma 4's `layer_scalar`
+        tensor.copy_(read_tensor(checkpoint, prefix + name))
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -81,3 +81,8 @@ def stored_tensors(module: str, shape: tuple[int, ...], recipe: Recipe) -> list[
                 ("weight.quant_state.bitsandbytes__nf4", "U8", (NF4_STATE_BYTES,)),
             ]
     return [StoredTensor(f"{module}.{suffix}", dtype, size) for suffix, dtype, size in found]
+
+
+def stored_cache_scales(attention: str) -> list[StoredTensor]:
+    """Return the scales of an FP8 cache that stand beside the attention module's linears."""
+    return [StoredTensor(f"{attention}.{kind}_scale", "BF16", (1,)) for kind in "kv"]

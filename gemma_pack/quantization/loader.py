@@ -6,8 +6,8 @@ that names what is in bf16 and nothing else. What fails here fails in vLLM minut
 `KeyError: ...weight_scale` or a shape that does not fit (llm-compressor issues 1306 and 1546).
 
 Sources, vLLM 0.32: `packed_modules_mapping`, `hf_to_vllm_mapper` and the modules' `__init__` of
-vllm/model_executor/models/gemma2.py, gemma3.py and gemma3_mm.py; `should_ignore_layer` in compressed_tensors/utils.py.
-transformers 5.17: `should_convert_module` in quantizers/quantizers_utils.py.
+vllm/model_executor/models/gemma2.py, gemma3.py, gemma4.py and their multimodal files; `should_ignore_layer` in
+compressed_tensors/utils.py. transformers 5.17: `should_convert_module` in quantizers/quantizers_utils.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_pack.errors import QuantizationError
 from gemma_pack.gemma import decoder_linears, decoder_number, decoder_prefix, linear_shape, norm_shapes, spellings
-from gemma_pack.quantization.layout import stored_tensors
+from gemma_pack.quantization.layout import stored_cache_scales, stored_tensors
 from gemma_pack.record import LoaderProof
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Expected = dict[str, tuple[str, tuple[int, ...]]]
     """Dtype, as safetensors names it, and shape by a tensor's name."""
 
-_PREFIXES = {"gemma3": ("language_model.model.", "model.language_model.")}
+_PREFIXES = dict.fromkeys(("gemma3", "gemma4", "gemma4_unified"), ("language_model.model.", "model.language_model."))
 """What stands before the decoder's names in checkpoints with a vision tower; `model.` in all others."""
 
 
@@ -45,6 +45,10 @@ def prove_loadable(variant: Checkpoint, recipe: Recipe) -> LoaderProof:
     groups = [group for layer in decoder_linears(variant.config, prefix) for group in layer]
     kept = {name for group in groups for name in group if _in_bf16(variant, name)}
     expected = _embedding_and_norms(variant, prefix)
+    if recipe.kv_cache:
+        attentions = [group[0].rpartition(".")[0] for group in groups if group[0].endswith("q_proj")]
+        scales = [scale for attention in attentions for scale in stored_cache_scales(attention)]
+        expected |= {scale.name: (scale.dtype, scale.shape) for scale in scales}
     for group in groups:
         if kept.intersection(group) and not kept.issuperset(group):
             raise _refusal(f"servers fuse {', '.join(group)}, and they are quantized two ways")

@@ -16,6 +16,7 @@ from gemma_pack.gemma import (
     decoder_number,
     decoder_prefix,
     is_embedding_or_head,
+    layer_types,
 )
 
 if TYPE_CHECKING:
@@ -67,18 +68,30 @@ def peak_memory(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration
 
 
 def _layerwise_bytes(checkpoint: Checkpoint, sequence_length: int) -> int:
-    """Embedding, a layer of each kind, the statistics of its inputs, one batch, and rounding the widest group."""
-    shapes = [[_shape(checkpoint, name) for name in group] for group in _layers(checkpoint)[0]]
+    """Embedding, a layer of each kind, and what the largest layer takes."""
+    layers = _layers(checkpoint)
+    kinds = len(set(layer_types(checkpoint.config)))
+    weights = kinds * max(_weights_bytes(checkpoint, layer) for layer in layers)
+    work = max(_layer_work_bytes(checkpoint, layer, sequence_length) for layer in layers)
+    return _embedding_bytes(checkpoint) + weights + work
+
+
+def _weights_bytes(checkpoint: Checkpoint, layer: list[list[str]]) -> int:
+    return sum(math.prod(_shape(checkpoint, name)) for group in layer for name in group) * _BF16
+
+
+def _layer_work_bytes(checkpoint: Checkpoint, layer: list[list[str]], sequence_length: int) -> int:
+    """The statistics of a layer's inputs, one batch, and rounding the widest group."""
+    shapes = [[_shape(checkpoint, name) for name in group] for group in layer]
     stacked = [(sum(rows for rows, _ in group), group[0][1]) for group in shapes]
     hessians = sum(columns**2 for _, columns in stacked) * _FLOAT32
     rounding = max(4 * rows * columns + 3 * columns**2 for rows, columns in stacked) * _FLOAT32
-    weights = sum(rows * columns for rows, columns in stacked) * _BF16
     forward = TOKENS_A_BATCH * sum(rows for rows, _ in stacked) * 2 * _BF16
     if attention_implementation(checkpoint.config) == "eager":  # holds the scores, in float32 for the softmax
         windows = max(1, TOKENS_A_BATCH // sequence_length)
         heads = decoder_number(checkpoint.config, "num_attention_heads")
         forward += 2 * windows * heads * sequence_length**2 * _FLOAT32
-    return _embedding_bytes(checkpoint) + 2 * weights + hessians + max(rounding, forward)
+    return hessians + max(rounding, forward)
 
 
 def _end_to_end_bytes(checkpoint: Checkpoint, refinement: Refinement) -> int:

@@ -283,7 +283,9 @@ def _replace(
     modules = {}
     for path in journal.layers():
         tensors = journal.load(path.stem) or {}
-        for key in [key for key in tensors if key.endswith(".weight_packed")]:
+        for key in sorted(tensors):  # safetensors gives them in another order in each process
+            if not key.endswith(".weight_packed"):
+                continue
             name = key.removesuffix(".weight_packed")
             parent, _, own = name[name.index("layers.") :].rpartition(".")
             codes, scale = unpack_codes(name, tensors, scheme)

@@ -28,6 +28,9 @@ _FORMATS: Final = {
 }
 """How compressed-tensors stores each of its preset schemes."""
 
+_KV_CACHE: Final = QuantizationArgs(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)
+"""What vLLM loads (`CompressedTensorsKVCacheMethod.validate_kv_cache_scheme`)."""
+
 _WORDS: Final = {
     "W4A16": "int4 weights",
     "W8A16": "int8 weights",
@@ -76,6 +79,7 @@ def quantization_config(recipe: Recipe, ignore: Sequence[str]) -> dict[str, Any]
         format=_FORMATS[recipe.scheme],
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=list(ignore),
+        kv_cache_scheme=_KV_CACHE if recipe.kv_cache else None,
     )
     dumped: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
     return dumped
@@ -84,4 +88,4 @@ def quantization_config(recipe: Recipe, ignore: Sequence[str]) -> dict[str, Any]
 def describe(recipe: Recipe) -> str:
     """Return the scheme in a few words: `int4 weights in groups of 128`."""
     groups = f" in groups of {recipe.group_size}" if recipe.group_size else ""
-    return _WORDS[recipe.scheme] + groups
+    return _WORDS[recipe.scheme] + groups + (", FP8 KV cache" if recipe.kv_cache else "")

@@ -4,9 +4,9 @@ Where channel c of a linear's input is divided by s and column c of its weight m
 arithmetic, and s = max|x|^a / max|w|^(1-a) evens out the channels that one activation scale has to serve (SmoothQuant,
 arXiv 2211.10438; a is the strength). What divides the input is whatever makes it. For Gemma there are three places:
 
-- input_layernorm before q/k/v and pre_feedforward_layernorm before gate/up: the gain, which is 1 + weight. (Its
-  post_attention_layernorm stands after attention.) The bfloat16 weight is rounded first, and s is what the rounded
-  gain really divides by, so the pair is exact whatever bfloat16 holds.
+- input_layernorm before q/k/v and pre_feedforward_layernorm before gate/up: the gain, which is 1 + weight,
+  in Gemma 4 the weight. (Its post_attention_layernorm stands after attention.) The bfloat16 weight is rounded first,
+  and s is what the rounded gain really divides by, so the pair is exact whatever bfloat16 holds.
 - up_proj before down_proj: the rows of up, whose output enters down's input as a factor. s is a power of two there,
   so that up's rows are divided exactly and, in channel-wise formats, keep their codes.
 """
@@ -55,6 +55,8 @@ def smooth(
     tensors: Mapping[str, Tensor],
     statistics: InputStatistics,
     strength: float,
+    *,
+    offset: int,
 ) -> Smoothed | None:
     """Return how to smooth a group; None where nothing that could be scaled makes its input.
 
@@ -63,6 +65,7 @@ def smooth(
         tensors: the layer's bfloat16 tensors by name.
         statistics: of the input.
         strength: 0 leaves the activations as they are, 1 makes their channels equal.
+        offset: what is added to a norm's weight to make its gain (`gemma.norm_offset`).
     """
     norm = norm_of(group)
     if norm is None and feeder_of(group) is None:
@@ -72,9 +75,9 @@ def smooth(
     wanted = wanted / wanted.log().mean().exp()
     if norm is None:
         return Smoothed(torch.exp2(wanted.log2().round()))
-    gain = 1 + tensors[norm].float()
-    stored = (gain / wanted - 1).to(torch.bfloat16)
-    factors = gain / (1 + stored.float())
+    gain = offset + tensors[norm].float()
+    stored = (gain / wanted - offset).to(torch.bfloat16)
+    factors = gain / (offset + stored.float())
     usable = torch.isfinite(factors) & (factors > 0)  # not where the gain is zero, or bfloat16 rounds it to zero
     return Smoothed(
         torch.where(usable, factors, torch.ones_like(factors)), norm, torch.where(usable, stored, tensors[norm])

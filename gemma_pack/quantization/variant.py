@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from gemma_pack.checkpoint import Checkpoint, write_index
 from gemma_pack.disk import refuse_existing, staged_directory
 from gemma_pack.errors import CheckpointError, RecipeError
-from gemma_pack.gemma import decoder_linears, decoder_prefix, require_supported, spellings
+from gemma_pack.gemma import TOWERS, decoder_linears, decoder_prefix, require_supported, spellings
 from gemma_pack.quantization.loader import prove_loadable
 from gemma_pack.quantization.shards import copy_shards, link_shards
 from gemma_pack.quantization.untouched import prove_untouched
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 RECIPE_NAME: Final = "recipe.yaml"
 REFINED: Final = "refined"
 _LIBRARIES: Final = ("torch", "transformers", "llmcompressor", "compressed-tensors")
-_TOWERS: Final = ("vision_tower", "multi_modal_projector")
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +270,7 @@ def _assemble(job: Job, rounded: _Rounded, ignored: set[str], staging: Path, rep
     else:
         copy_shards(staging, "quantized", rounded.tensors)
     write_index(staging, [info for path in sorted(staging.glob("*.safetensors")) for info in read_header(path)])
-    towers = [f"re:.*{tower}.*" for tower in _TOWERS if any(tower in name for name in base.tensors)]
+    towers = [f"re:.*{tower}.*" for tower in TOWERS if any(tower in name for name in base.tensors)]
     in_bf16 = ["lm_head", *(spelling for name in sorted(ignored) for spelling in spellings(name)), *towers]
     config = {**base.config, "quantization_config": quantization_config(recipe, in_bf16)}
     (staging / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")

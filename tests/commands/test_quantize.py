@@ -138,7 +138,11 @@ def missing_shard(directory: Path) -> None:
         (float16_config, "the checkpoint is float16, and Gemma's activations overflow it"),
         (float16_tensors, "the checkpoint is float16, and Gemma's activations overflow it"),
         (lambda directory: change_config(directory, model_type="llama"), "this is not a Gemma: "),
-        (lambda directory: change_config(directory, model_type="gemma4"), "Gemma 4 is not supported yet"),
+        (lambda directory: change_config(directory, model_type="gemma3n"), "Gemma 3n is not supported yet"),
+        (
+            lambda directory: change_config(directory, model_type="gemma4_text", num_hidden_layers=35),
+            "this Gemma 4 has embeddings for each layer, as E2B and E4B have, and that is not supported yet",
+        ),
         (lambda directory: change_config(directory, quantization_config={}), "the checkpoint is quantized already"),
         (truncated, "{}/model.safetensors is truncated: "),
         (

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gemma_pack.checkpoint import Checkpoint
-from gemma_pack.quantization.calibrated import HiddenStates
 from gemma_pack.quantization.decoder import Decoder
+from gemma_pack.quantization.hidden_states import HiddenStates
 from gemma_pack.quantization.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gemma3"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gemma3", "gemma4_text", "gemma4", "gemma4_unified"])
 def test_windows_that_travel_layer_by_layer_end_where_the_whole_model_takes_them(
     tiny_checkpoints: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
@@ -28,13 +28,15 @@ def test_windows_that_travel_layer_by_layer_end_where_the_whole_model_takes_them
     decoder = Decoder(Checkpoint.open(directory), torch.device("cpu"))
     stream = HiddenStates(decoder, ids, tmp_path, Ranks())
     stream.batch = 2
+    assert stream.begin(decoder.depth) == 0
     for index in range(decoder.depth):
         stream.advance(index, [])
 
-    loader = AutoModelForImageTextToText if family == "gemma3" else AutoModelForCausalLM
+    with_images = family in ("gemma3", "gemma4", "gemma4_unified")
+    loader = AutoModelForImageTextToText if with_images else AutoModelForCausalLM
     attention = "eager" if family == "gemma2" else "sdpa"
     model = loader.from_pretrained(directory, dtype=torch.bfloat16, attn_implementation=attention).eval()
-    decoder_module = model.model.language_model if family == "gemma3" else model.model
+    decoder_module = model.model.language_model if with_images else model.model
     found: list[torch.Tensor] = []
     decoder_module.layers[-1].register_forward_hook(lambda _module, _args, output: found.append(output))
     with torch.no_grad():

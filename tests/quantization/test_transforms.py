@@ -55,8 +55,8 @@ def test_a_smoothed_mlp_computes_what_it_did(tensors: dict[str, torch.Tensor], s
     before = normed(tensors[NORM])
     gate, up = (tensors[f"{name}.weight"] for name in gate_up)
     output = inner(before, gate, up) @ tensors[f"{MLP}.down_proj.weight"].double().T
-    by_norm = smooth(gate_up, tensors, statistics_of(before), strength)
-    by_up = smooth(down, tensors, statistics_of(inner(before, gate, up)), strength)
+    by_norm = smooth(gate_up, tensors, statistics_of(before), strength, offset=1)
+    by_up = smooth(down, tensors, statistics_of(inner(before, gate, up)), strength, offset=1)
     assert by_norm is not None
     assert by_up is not None
     assert by_norm.norm_weight is not None
@@ -71,7 +71,7 @@ def test_a_smoothed_mlp_computes_what_it_did(tensors: dict[str, torch.Tensor], s
 
 
 def test_a_channel_that_its_norm_silences_stays_as_it_is(tensors: dict[str, torch.Tensor]) -> None:
-    change = smooth(GROUPS[2], tensors, statistics_of(normed(tensors[NORM])), 0.5)
+    change = smooth(GROUPS[2], tensors, statistics_of(normed(tensors[NORM])), 0.5, offset=1)
     assert change is not None
     assert change.norm_weight is not None
     assert change.columns[5] == 1
@@ -80,7 +80,7 @@ def test_a_channel_that_its_norm_silences_stays_as_it_is(tensors: dict[str, torc
 
 def test_up_is_divided_by_powers_of_two_so_that_its_codes_stay(tensors: dict[str, torch.Tensor]) -> None:
     hidden = torch.randn(100, INNER, generator=torch.Generator().manual_seed(2)).exp()
-    change = smooth(GROUPS[3], tensors, statistics_of(hidden), 0.5)
+    change = smooth(GROUPS[3], tensors, statistics_of(hidden), 0.5, offset=1)
     assert change is not None
     assert change.norm is None
     assert torch.equal(change.columns.log2(), change.columns.log2().round())
@@ -90,4 +90,4 @@ def test_up_is_divided_by_powers_of_two_so_that_its_codes_stay(tensors: dict[str
 
 
 def test_what_nothing_scales_is_not_smoothed(tensors: dict[str, torch.Tensor]) -> None:
-    assert smooth(GROUPS[1], tensors, statistics_of(torch.ones(4, WIDTH)), 0.5) is None
+    assert smooth(GROUPS[1], tensors, statistics_of(torch.ones(4, WIDTH)), 0.5, offset=1) is None
