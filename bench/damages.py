@@ -2,7 +2,7 @@
 
     python bench/damages.py BASE FP8 W4A16 WORK
 
-plants each damage in the two variants of BASE, validates them (32 windows of 512 tokens) in the directory WORK, and
+plants each damage in the two variants of BASE, validates them (32 windows of 256 tokens) in the directory WORK, and
 writes what caught what, with figures, to bench/results/damages.json. The functions change the tensors of a quantized
 checkpoint, given by name, in place; the tests use them, too.
 """
@@ -123,7 +123,7 @@ def judge(base: Path, variant: Path, work: Path) -> Report:
     from gemma_pack.console import Console
     from gemma_pack.evaluation.profiles import PROFILES, Profile
 
-    PROFILES["damages"] = Profile("damages", windows=32, sequence_length=512, prompts=2, answer_tokens=4)
+    PROFILES["damages"] = Profile("damages", windows=32, sequence_length=256, prompts=2, answer_tokens=4)
     return validate_variant(
         variant,
         work / "report",
@@ -172,7 +172,7 @@ def check_bos_and_template(base: Path, variant: Path, work: Path) -> dict[str, s
     found = check_bos(model, ids)
     said["with <bos>"] = f"perplexity {found.with_bos:.2f} with, {found.without_bos:.2f} without"
     other = work / "other-template"
-    shutil.copytree(variant, other)
+    shutil.copytree(variant, other, dirs_exist_ok=True)
     (other / "chat_template.jinja").write_text("{{ messages }}", "utf-8")
     for name, check in {
         "<bos> missing": lambda: check_bos(model, ids[:, 1:]),
@@ -188,18 +188,24 @@ def check_bos_and_template(base: Path, variant: Path, work: Path) -> dict[str, s
 
 def main() -> None:
     """Plant every damage, and write what caught it."""
+    from gemma_pack.report import read_report
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("base", "fp8", "w4a16", "work"):
         parser.add_argument(name, type=Path)
     options = parser.parse_args()
-    options.work.mkdir(parents=True)
+    options.work.mkdir(parents=True, exist_ok=True)
     rows = []
     for kind, variant in (("fp8", options.fp8), ("w4a16", options.w4a16)):
         clean: Report | None = None
-        for name, damage in PLANTED.items():
-            place = options.work / "variant"
-            report = judge(options.base, damaged_copy(variant, place, damage), options.work)
-            shutil.rmtree(place)
+        for number, (name, damage) in enumerate(PLANTED.items()):
+            kept = options.work / f"{kind}-{number}.json"
+            if not kept.exists():  # what an interrupted run has measured stays measured
+                place = options.work / "variant"
+                shutil.rmtree(place, ignore_errors=True)
+                report = judge(options.base, damaged_copy(variant, place, damage), options.work)
+                kept.write_bytes(report.encode())
+            report = read_report(kept)
             rows.append({"variant": variant.name, "kind": kind, "damage": name, **describe(report, clean)})
             print(json.dumps(rows[-1]), flush=True)
             clean = clean or report

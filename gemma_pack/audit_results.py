@@ -27,7 +27,7 @@ class ModuleAudit(_Part):
     slope: float
     """⟨W, Ŵ⟩ / ⟨W, W⟩."""
     expected_slope: float
-    """1 - c ‖W - Ŵ‖² / ‖W‖²: noise takes a little of the slope, in all layers the same share c of it."""
+    """1 - c ‖W - Ŵ‖² / ‖W‖²: noise takes a little of the slope, in all layers of a kind the same share c of it."""
     snr_db: float
     """10 log10(‖W‖² / ‖W - Ŵ‖²)."""
     worst_group_snr_db: float

@@ -6,7 +6,7 @@ read from both checkpoints, a few million weights at a time, so memory does not 
 
 With W the source and Ŵ what a server computes with: slope = ⟨W, Ŵ⟩ / ⟨W, W⟩, and the signal-to-noise ratio
 10 log10(‖W‖² / ‖W - Ŵ‖²) dB of a layer and of each of its groups. Rounding leaves the ratio where its bits and its
-algorithm put it, and takes from the slope a share of the noise that is the same in all layers of a variant, so a
+algorithm put it, and takes from the slope a share of the noise that is the same in all layers of one kind, so a
 layer whose slope its noise does not explain has wrong scales. `audit_bounds` says how far sound layers go.
 """
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from gemma_pack.evaluation.smoothing_factors import Factors
     from gemma_pack.record import QuantizationRecord
 
+LEAST_POWER: Final = 0.01
+"""Of a group, beside the mean of all: GPTQ moves weights of a group that is nearly zero by as much as any others'."""
 BLOCK_WEIGHTS: Final = 1 << 22
 """Weights that are compared at once: 16 MB in float32."""
 
@@ -133,7 +135,7 @@ def _measure(
         squares, errors = _square(original), _square(original - rounded)
         products = torch.linalg.vecdot(original, rounded)
         sums += torch.stack([part.double().sum().cpu() for part in (products, squares, errors)])
-        shares = (errors / squares).nan_to_num(nan=0.0, posinf=math.inf)  # a group of zeros that stayed zeros is right
+        shares = (errors / squares.clamp(min=LEAST_POWER * float(squares.mean()))).nan_to_num(nan=0.0)
         share, index = shares.max(0)
         if float(share) > worst:
             worst, place = float(share), begin * columns + int(index) * width
@@ -150,14 +152,31 @@ def _measure(
 
 
 def _expect(modules: list[ModuleAudit]) -> tuple[float, list[ModuleAudit]]:
-    """Return the share of its noise that a layer's slope loses, and the layers with the slope to expect of each."""
-    noise = [10 ** (-module.snr_db / 10) for module in modules]
-    shares = [(1 - module.slope) / share for module, share in zip(modules, noise, strict=True) if share]
-    shrinkage = median(shares) if shares else 0.0
-    return shrinkage, [
-        module.model_copy(update={"expected_slope": 1 - shrinkage * share if share else 1.0})
-        for module, share in zip(modules, noise, strict=True)
+    """Return the share of its noise that a layer's slope loses, and the layers with the slope to expect of each.
+
+    The share is a median: over all layers for the report, for each layer over those of its kind, such as all down_proj,
+    whose inputs and so GPTQ's choices are alike.
+    """
+    kinds: dict[str, list[ModuleAudit]] = {}
+    for module in modules:
+        kinds.setdefault(module.name.rpartition(".")[2], []).append(module)
+    overall = _shrinkage(modules)
+    by_kind = {kind: _shrinkage(some) if len(some) >= 3 else overall for kind, some in kinds.items()}
+    return overall, [
+        module.model_copy(update={"expected_slope": 1 - by_kind[module.name.rpartition(".")[2]] * _noise(module)})
+        for module in modules
     ]
+
+
+def _shrinkage(modules: list[ModuleAudit]) -> float:
+    """Return the median of (1 - slope) ‖W‖² / ‖W - Ŵ‖² over the layers that have noise."""
+    shares = [(1 - module.slope) / _noise(module) for module in modules if _noise(module)]
+    return median(shares) if shares else 0.0
+
+
+def _noise(module: ModuleAudit) -> float:
+    """Return ‖W - Ŵ‖² / ‖W‖²."""
+    return float(10 ** (-module.snr_db / 10))
 
 
 def _square(rows: Tensor) -> Tensor:

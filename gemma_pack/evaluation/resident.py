@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gemma_pack.checkpoint import read_json
 from gemma_pack.disk import require_space, write_atomic
 from gemma_pack.errors import QuantizationError
 from gemma_pack.evaluation.engines.in_process import fits_memory, load, require_memory
@@ -21,6 +22,7 @@ from gemma_pack.evaluation.likelihood import (
 )
 from gemma_pack.evaluation.measured import Measured
 from gemma_pack.evaluation.parity import compare_answers, compare_read_answers, read_answers
+from gemma_pack.gemma import text_config
 from gemma_pack.report import Spilled
 
 if TYPE_CHECKING:
@@ -44,7 +46,9 @@ def resident_engine(pair: Pair) -> Measuring:
     """
     if fits_memory(2 * pair.base_size_bytes, pair.device):  # the variant is dequantized to bf16
         return Together(pair)
-    require_memory(pair.base_size_bytes, pair.device)
+    config = text_config(read_json(pair.base / "config.json"))
+    head_bytes = 2 * int(config.get("vocab_size", 0)) * int(config.get("hidden_size", 0))  # what stays of the base
+    require_memory(pair.base_size_bytes + head_bytes, pair.device)
     pair.reporter.warn(f"base and variant do not fit on {pair.device} together; they are read one after the other")
     return OneAfterTheOther(pair)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from gemma_pack.record import Metric
-    from gemma_pack.report import HistogramBin, PositionBin
+    from gemma_pack.report import HistogramBin, PositionBin, PromptParity
 
 WIDTH = 640
 HEIGHT = 240
@@ -103,6 +103,47 @@ def gauge(metric: Metric, *, higher_is_better: bool) -> str:
         f'<line class="margin" x1="{x(metric.margin):.1f}" x2="{x(metric.margin):.1f}" y1="2" y2="{height - 2}"/>'
         f'<line class="whisker" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{middle}" y2="{middle}"/>'
         f'<circle class="value" cx="{x(metric.value):.1f}" cy="{middle}" r="5"/></svg>'
+    )
+
+
+def share(value: float) -> str:
+    """Return a small bar that is `value`, 0 to 1, of its cell; the number stands beside it."""
+    return (
+        '<svg class="share" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
+        f'<rect class="bar" x="0" y="0" width="{100 * max(0.0, min(1.0, value)):.1f}" height="8"/></svg>'
+    )
+
+
+def parting(prompts: Sequence[PromptParity], limit: int) -> str:
+    """Return a line for each prompt, as long as the base's answer, and where on it the variant's answer parts."""
+    ordered = sorted(prompts, key=lambda prompt: limit if prompt.first_divergent is None else prompt.first_divergent)
+    pitch = max(4.0, min(12.0, 480 / len(ordered)))
+    bottom = TOP + pitch * len(ordered)
+    x = _scale(0, max(limit, 1), 14, WIDTH - RIGHT)
+    parts = []
+    for row, prompt in enumerate(ordered):
+        top = TOP + pitch * row
+        same = prompt.tokens if prompt.first_divergent is None else prompt.first_divergent
+        where = "identical" if prompt.first_divergent is None else f"parts at token {same}"
+        label = f"{prompt.prompt[:60]}: {where}{', a near-tie' if prompt.near_tie else ''}"
+        for kind, begin, end in (("bar", 0, same), ("near" if prompt.near_tie else "parted", same, prompt.tokens)):
+            if end > begin:
+                parts.append(
+                    f'<rect class="{kind}" x="{x(begin):.1f}" y="{top:.1f}" width="{x(end) - x(begin):.1f}" '
+                    f'height="{0.7 * pitch:.1f}"><title>{escape(label)}</title></rect>'
+                )
+    step = max(1, limit // 8)
+    parts += [
+        f'<text class="tick" x="{x(token):.1f}" y="{bottom + 14:.1f}" text-anchor="middle">{token}</text>'
+        for token in range(0, limit + 1, step)
+    ]
+    parts.append(
+        f'<text class="caption" x="{WIDTH / 2}" y="{bottom + 32:.1f}" text-anchor="middle">token of the answer</text>'
+    )
+    label = escape(f"Where greedy answers part: {len(ordered)} prompts")
+    return (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {bottom + 38:.0f}" role="img" aria-label="{label}">'
+        f"{''.join(parts)}</svg>"
     )
 
 

@@ -104,6 +104,15 @@ def test_what_has_no_bound_has_no_gauge() -> None:
     assert charts.gauge(Metric(name="m", value=1, bound=float("inf"), margin=2), higher_is_better=False) == ""
 
 
+def test_a_line_for_each_prompt_shows_where_answers_part() -> None:
+    drawn = charts.parting([*make_report().parity.prompts, answer("all", "a", "b", 0, 1.0)], 32)
+    assert drawn.count('class="bar"') == 4
+    assert (drawn.count('class="parted"'), drawn.count('class="near"')) == (3, 1)
+    assert "Name three planets.: parts at token 2" in drawn
+    ends = [float(x) + float(width) for x, width in re.findall(r'x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', drawn)]
+    assert max(ends) <= charts.WIDTH
+
+
 @pytest.mark.parametrize(
     "bins",
     [
@@ -148,5 +157,5 @@ def test_a_browser_shows_it_without_a_sideways_scroll(tool: Callable[[str], str]
     assert seen["overflow"] <= 0
     assert seen["stillClosed"] == 0
     assert seen["opened"] == 3  # the worst tokens and all answers but the first
-    assert seen["bars"] == 4 + 16  # the first bin of the histogram is empty and left out
+    assert seen["bars"] == 4 + 16 + 2 + 4  # bins but the empty first, places, kinds, prompts that begin alike
     assert seen["verdict"] < 100
