@@ -2,8 +2,8 @@
 
     python bench/damages.py BASE FP8 W4A16 WORK
 
-plants each damage in the two variants of BASE, validates them (32 windows of 256 tokens) in the directory WORK, and
-writes what caught what, with figures, to bench/results/damages.json. The functions change the tensors of a quantized
+plants each damage in the two variants of BASE and writes what caught what, with figures, to bench/results/damages.json:
+what the weights alone must show is audited, the rest is validated (32 windows of 256 tokens) in the directory WORK. The functions change the tensors of a quantized
 checkpoint, given by name, in place; the tests use them, too.
 """
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from gemma_pack.audit_results import WeightAudit
     from gemma_pack.report import Report
 
     Tensors = dict[str, Tensor]
@@ -117,6 +118,33 @@ PLANTED: dict[str, Callable[[Tensors], None]] = {
 }
 
 
+AUDITED = ("one module's", "two heads", "gate_proj", "one layer's groups", "norms")
+"""How the names of those begin that the audit alone must find."""
+
+
+def audit_alone(base: Path, variant: Path) -> dict[str, Any]:
+    """Return what the weight audit says of a damaged variant."""
+    from gemma_pack.checkpoint import Checkpoint
+    from gemma_pack.console import Console
+    from gemma_pack.evaluation.audit import audit_weights
+    from gemma_pack.record import require_record
+
+    record = require_record(variant).quantization
+    if record is None:
+        raise SystemExit(f"{variant} is no variant")
+    found = audit_weights(
+        Checkpoint.open(base), Checkpoint.open(variant), record, device="cpu", reporter=Console("quiet")
+    )
+    return _audit(found)
+
+
+def _audit(audit: WeightAudit | None) -> dict[str, Any]:
+    return {
+        "audit": [f"{m.name}: {m.problem}" for m in audit.modules if m.problem] if audit else [],
+        "altered": len(audit.altered) if audit else 0,
+    }
+
+
 def judge(base: Path, variant: Path, work: Path) -> Report:
     """Validate one variant, with few prompts: what they say is not what is measured here."""
     from gemma_pack.build import validate_variant
@@ -142,7 +170,6 @@ def describe(report: Report, clean: Report | None) -> dict[str, Any]:
 
     costs = {metric.name: metric for metric in report.metrics}
     kl = costs["kl_nats"]
-    audit = report.audit
     changes = compare_reports(clean, report) if clean else None
     return {
         "kl_nats": kl.value,
@@ -150,8 +177,7 @@ def describe(report: Report, clean: Report | None) -> dict[str, Any]:
         "kl_margin": kl.margin,
         "ppl_increase_percent": costs["ppl_increase_percent"].value,
         "gate_of_costs": {n: costs[n].verdict for n in ("ppl_increase_percent", "kl_nats", "same_top1_percent")},
-        "audit": [f"{m.name}: {m.problem}" for m in audit.modules if m.problem] if audit else [],
-        "altered": len(audit.altered) if audit else 0,
+        **_audit(report.audit),
         "paired": {c.name: [c.outcome, c.difference, c.lower, c.upper, c.noise] for c in changes.changes}
         if changes
         else {},
@@ -199,10 +225,15 @@ def main() -> None:
     for kind, variant in (("fp8", options.fp8), ("w4a16", options.w4a16)):
         clean: Report | None = None
         for number, (name, damage) in enumerate(PLANTED.items()):
+            place = options.work / "variant"
+            shutil.rmtree(place, ignore_errors=True)
+            if name.startswith(AUDITED):
+                found = audit_alone(options.base, damaged_copy(variant, place, damage))
+                rows.append({"variant": variant.name, "kind": kind, "damage": name, **found})
+                print(json.dumps(rows[-1]), flush=True)
+                continue
             kept = options.work / f"{kind}-{number}.json"
             if not kept.exists():  # what an interrupted run has measured stays measured
-                place = options.work / "variant"
-                shutil.rmtree(place, ignore_errors=True)
                 report = judge(options.base, damaged_copy(variant, place, damage), options.work)
                 kept.write_bytes(report.encode())
             report = read_report(kept)
