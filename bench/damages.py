@@ -3,8 +3,8 @@
     python bench/damages.py BASE FP8 W4A16 WORK
 
 plants each damage in the two variants of BASE and writes what caught what, with figures, to bench/results/damages.json:
-what the weights alone must show is audited, the rest is validated (32 windows of 256 tokens) in the directory WORK. The functions change the tensors of a quantized
-checkpoint, given by name, in place; the tests use them, too.
+what the weights alone must show is audited, the rest is validated (32 windows of 256 tokens) in the directory WORK.
+The functions change the tensors of a quantized checkpoint, given by name, in place; the tests use them, too.
 """
 
 from __future__ import annotations
