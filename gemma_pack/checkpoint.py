@@ -44,6 +44,11 @@ class Checkpoint:
             raise CheckpointError(
                 f"{directory} is not a directory", hint="pass a directory that holds config.json and safetensors files"
             )
+        if (directory / "oci-layout").is_file():
+            raise CheckpointError(
+                f"{directory} is an OCI layout, not a checkpoint",
+                hint=f"gemma-pack pull {directory} -o DIR takes the checkpoint out of it",
+            )
         config = read_json(directory / "config.json")
         weight_map = _weight_map(directory)
         tensors: dict[str, TensorInfo] = {}

@@ -62,18 +62,23 @@ def publish(staging: Path, target: Path) -> None:
 def refuse_existing(target: Path) -> None:
     """Raise InvalidUsageError if `target` exists and is anything but an empty directory, or the one we are in.
 
-    Also where it could not be made: below a file, or in a directory that may not be written to.
+    Also where it could not be made, see `require_makeable`.
     """
-    above = next(place for place in target.absolute().parents if os.path.lexists(place))
-    if not above.is_dir():
-        raise InvalidUsageError(f"{target} cannot be made: {above} is a file", hint="choose another directory with -o")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise InvalidUsageError(
-            f"{target} cannot be made: you may not write to {above}", hint="choose another directory with -o"
-        )
     empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
     if os.path.lexists(target) and (not empty or target.samefile(Path.cwd())):
         raise InvalidUsageError(f"{target} is in the way", hint="choose another directory with -o, or remove it first")
+    require_makeable(target)
+
+
+def require_makeable(target: Path) -> None:
+    """Raise InvalidUsageError if `target` is to lie below a file, or in a directory that may not be written to."""
+    above = next(place for place in target.absolute().parents if os.path.lexists(place))
+    if not above.is_dir():
+        raise InvalidUsageError(f"{target} cannot be made: {above} is a file", hint="choose another place with -o")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InvalidUsageError(
+            f"{target} cannot be made: you may not write to {above}", hint="choose another place with -o"
+        )
 
 
 def cache_directory() -> Path:

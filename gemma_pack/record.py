@@ -192,7 +192,7 @@ def read_record(directory: Path) -> Record | None:
     path = directory / RECORD_NAME
     try:
         return Record.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValidationError as error:
         first = error.errors()[0]

@@ -40,34 +40,33 @@ class Cluster:
             "RAY_health_check_failure_threshold": "4",
         }
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._log = (directory / "ray.log").open("wb")
+        self._directory = directory
         head = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={directory}"]
         self._start("127.0.0.2", head)
 
     def add_worker(self, number: int) -> subprocess.Popen[bytes]:
         """Start a worker with one core and return the process that holds its others."""
-        return self._start(f"127.0.0.{2 + number}", [f"--address={self.address}", "--num-cpus=1"])
+        return self._start(
+            f"127.0.0.{2 + number}", [f"--address={self.address}", "--num-cpus=1", "--memory=4000000000"]
+        )
 
     def _start(self, ip: str, arguments: list[str]) -> subprocess.Popen[bytes]:
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={ip}",
             "--object-store-memory=80000000", "--disable-usage-stats", *arguments,
         ]  # fmt: skip
-        process = subprocess.Popen(
-            command, env=self.environment, stdout=self._log, stderr=self._log, start_new_session=True
-        )
+        log = self._directory / f"{ip}.log"
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                command, env=self.environment, stdout=stream, stderr=stream, start_new_session=True
+            )
         self._processes.append(process)
         until = time.monotonic() + START_SECONDS
-        while not self._raylet(process):
+        while "Ray runtime started" not in log.read_text():
             if process.poll() is not None or time.monotonic() > until:
-                raise AssertionError(f"Ray does not start: {Path(self._log.name).read_text()[-2000:]}")
+                raise AssertionError(f"Ray does not start: {log.read_text()[-2000:]}")
             time.sleep(0.2)
         return process
-
-    @staticmethod
-    def _raylet(process: subprocess.Popen[bytes]) -> psutil.Process | None:
-        children = psutil.Process(process.pid).children() if process.poll() is None else []
-        return next((child for child in children if child.name() == "raylet"), None)
 
     def kill(self, process: subprocess.Popen[bytes]) -> None:
         """Kill a worker as a machine that loses power: every process of it, at once."""
@@ -80,7 +79,6 @@ class Cluster:
         for process in reversed(self._processes):
             if process.poll() is None:
                 self.kill(process)
-        self._log.close()
 
 
 @contextmanager

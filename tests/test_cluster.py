@@ -89,9 +89,8 @@ def test_the_variant_of_a_lost_worker_is_run_again_on_another(
 
 
 def test_a_variant_that_no_worker_has_memory_for_is_a_row_not_a_wait(
-    plan: BuildFile, trained: Path, tmp_path: Path, ray_cluster: Cluster
+    plan: BuildFile, tmp_path: Path, ray_cluster: Cluster
 ) -> None:
-    del trained
     done = build(plan, tmp_path, ray_cluster.environment)  # the head computes nothing, and there is no worker
     out, err = done.communicate(timeout=WAIT_SECONDS)
     assert done.returncode == 12, err

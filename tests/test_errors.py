@@ -70,3 +70,22 @@ def test_message_and_hint_survive_a_worker_process():
 def test_a_recipe_error_is_caught_as_wrong_usage():
     with pytest.raises(errors.InvalidUsageError):
         raise RecipeError("it is wrong")
+
+
+class OutOfMemoryError(RuntimeError):
+    """Of the name that torch gives to its own."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(RecipeError("a line"), 2), (OutOfMemoryError("CUDA"), 12), (MemoryError(), 12), (OSError(5, "I/O error"), 1)],
+)
+def test_what_a_user_can_act_on_is_known(error: Exception, code: int) -> None:
+    known = errors.known_error(error)
+    assert known
+    assert known.exit_code == code
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x"), AssertionError("x")])
+def test_a_fault_of_ours_is_not(error: Exception) -> None:
+    assert errors.known_error(error) is None

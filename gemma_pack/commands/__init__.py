@@ -135,7 +135,7 @@ def run(arguments: list[str]) -> int:
 def _known_error(error: Exception) -> GemmaPackError | None:
     if isinstance(error, click.UsageError):
         hint = f"{error.ctx.command_path} --help says how" if error.ctx else None
-        return InvalidUsageError(error.format_message(), hint=hint)
+        return InvalidUsageError(" ".join(error.format_message().split()), hint=hint)
     if isinstance(error, click.ClickException):
         return GemmaPackError(error.format_message())
     return known_error(error)

@@ -53,14 +53,12 @@ def command(directory: Path | None, check: Path | None, console: Console) -> Non
 def _check(card: Path, directory: Path, console: Console) -> None:
     from dataclasses import asdict
 
-    from gemma_pack.errors import GemmaPackError
+    from gemma_pack.errors import GemmaPackError, InvalidUsageError
     from gemma_pack.reports.card import render_card
     from gemma_pack.reports.card_check import compare_cards
+    from gemma_pack.yaml_file import read_text
 
-    try:
-        text = card.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise GemmaPackError(f"{card} is not UTF-8 text", hint="name the card's Markdown file") from error
+    text = read_text(card, hint="name the card's Markdown file", error=InvalidUsageError)
     found = compare_cards(text, render_card(directory))
     lines = [f"{card}:{one.line}: {one.says}: the record {one.record}" for one in found]
     data = {"card": str(card), "agrees": not found, "disagreements": [asdict(one) for one in found]}

@@ -152,9 +152,9 @@ def _find(
     from gemma_pack.errors import GateFailedError, GateUndecidedError, GemmaPackError
     from gemma_pack.oci.describe import describe
     from gemma_pack.oci.examination import examine, require_passing_report
-    from gemma_pack.oci.reference import parse_reference
+    from gemma_pack.oci.source import registry_reference
 
-    parsed = parse_reference(reference)
+    parsed = registry_reference(reference)
     found = describe(parsed, plain_http=plain_http, ca_file=ca_file)
     pinned = str(parsed.pinned(found.digest))
     evidence = examine(found, key=key, plain_http=plain_http, ca_file=ca_file)

@@ -46,13 +46,13 @@ def command(
     from gemma_pack.disk import refuse_existing, staged_directory
     from gemma_pack.oci.describe import describe
     from gemma_pack.oci.examination import examine, require_signature
-    from gemma_pack.oci.reference import parse_reference
     from gemma_pack.oci.signing import load_public_key
+    from gemma_pack.oci.source import registry_reference
 
     key = load_public_key(verify_key) if verify_key else None
     if output:
         refuse_existing(output)
-    image = describe(parse_reference(reference), plain_http=plain_http, ca_file=ca_file)
+    image = describe(registry_reference(reference), plain_http=plain_http, ca_file=ca_file)
     found = examine(image, key=key, plain_http=plain_http, ca_file=ca_file)
     if output:
         with staged_directory(output) as staging:

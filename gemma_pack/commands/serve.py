@@ -49,12 +49,18 @@ def command(
     from the Python that GEMMA_PACK_VLLM names, else from this one or the PATH, in bfloat16. When the server is healthy,
     its address and a call that shows that it answers are printed. Options behind -- are vLLM's own.
     """
+    from gemma_pack.checkpoint import Checkpoint
     from gemma_pack.deploy.server import curl_of
+    from gemma_pack.oci.source import registry_reference
     from gemma_pack.reports.card import has_chat_template
     from gemma_pack.vllm import find_vllm, serving
 
-    python = find_vllm()
     directory = Path(model)
+    if directory.is_dir():
+        Checkpoint.open(directory)  # before a server starts for nothing
+    else:
+        registry_reference(model)
+    python = find_vllm()
     called = name or directory.resolve().name
     if not directory.is_dir():
         directory, repository = _pull(model, plain_http=plain_http, ca_file=ca_file, console=console)
@@ -93,10 +99,10 @@ def _pull(reference: str, *, plain_http: bool, ca_file: Path | None, console: Co
     """Pull an image into the cache, under its digest; return the directory and the last part of the repository."""
     from gemma_pack.oci.describe import describe
     from gemma_pack.oci.pull import pull
-    from gemma_pack.oci.reference import parse_reference
+    from gemma_pack.oci.source import registry_reference
     from gemma_pack.sources import cache_directory
 
-    parsed = parse_reference(reference)
+    parsed = registry_reference(reference)
     found = describe(parsed, plain_http=plain_http, ca_file=ca_file)
     pinned = parsed.pinned(found.digest)
     directory = cache_directory() / "images" / found.digest.replace(":", "-")

@@ -104,6 +104,20 @@ class LayoutSource:
         yield BlobStream(start, read_file(path, path.stat().st_size, start))
 
 
+def registry_reference(text: str) -> Reference:
+    """Return the image in a registry that `text` names.
+
+    Raises:
+        InvalidUsageError: it is misspelt, or lies on this machine.
+    """
+    if Path(text).exists():
+        raise InvalidUsageError(
+            f"{text} lies on this machine, and an image in a registry is wanted",
+            hint=f"gemma-pack push {text} REGISTRY/NAME:TAG puts it there",
+        )
+    return parse_reference(text)
+
+
 @contextmanager
 def open_source(
     image: Path | Reference | str,
@@ -121,8 +135,10 @@ def open_source(
     if not isinstance(image, Reference) and is_layout(Path(image)):
         yield LayoutSource(Path(image))
         return
-    if isinstance(image, Path) or (isinstance(image, str) and Path(image).is_dir()):
+    if isinstance(image, Path) or (isinstance(image, str) and Path(image).exists()):
         raise InvalidUsageError(f"{image} is not an OCI layout", hint="gemma-pack package DIR makes one")
+    if isinstance(image, str) and (image.endswith(".oci") or image.startswith(("/", "./", "../"))):
+        raise InvalidUsageError(f"there is no OCI layout {image}", hint="gemma-pack package DIR makes one")
     reference = parse_reference(image) if isinstance(image, str) else image
     with RegistrySource(reference, plain_http=plain_http, ca_file=ca_file, retry=retry) as source:
         yield source

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 WIDTH = 640
 HEIGHT = 240
 LEFT, RIGHT, TOP, BOTTOM = 72, 14, 26, 46
+LABEL_HEIGHT = 16
 
 
 def histogram(bins: Sequence[HistogramBin], mean: float) -> str:
@@ -66,17 +67,19 @@ def tradeoff(points: Sequence[tuple[str, float, float, str]]) -> str:
         points: name, share, KL in nats and CSS class of each variant.
     """
     top = max(kl for _, _, kl, _ in points) * 1.15 or 1.0
-    x = _scale(0, 1, LEFT, WIDTH - RIGHT)
+    x = _scale(0, 1, LEFT, WIDTH - 2 * RIGHT)
     y = _scale(0, top, HEIGHT - BOTTOM, TOP)
     parts = [_y_axis(y, top, lambda kl: f"{kl:.2g}")]
     parts.extend(_tick(x(percent / 100), f"{percent} %") for percent in range(0, 101, 20))
-    for name, share, kl, tone in points:
+    below = HEIGHT + LABEL_HEIGHT  # where the last label stands; the next must not cover it
+    for name, share, kl, tone in sorted(points, key=lambda point: point[2]):
+        below = min(y(kl) + 4, below - LABEL_HEIGHT)
         label = escape(f"{name}: {100 * share:.1f} % of the size, KL {kl:.4f} nats")
         side, anchor = (-9, "end") if share > 0.7 else (9, "start")
         parts.append(
             f'<g class="{tone}"><title>{label}</title>'
             f'<circle class="value" cx="{x(share):.1f}" cy="{y(kl):.1f}" r="5"/>'
-            f'<text class="tick" x="{x(share) + side:.1f}" y="{y(kl) + 4:.1f}" text-anchor="{anchor}">{escape(name)}'
+            f'<text class="tick" x="{x(share) + side:.1f}" y="{below:.1f}" text-anchor="{anchor}">{escape(name)}'
             "</text></g>"
         )
     parts.append(_caption("size, of the bf16 base"))

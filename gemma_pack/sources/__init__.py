@@ -54,7 +54,7 @@ def obtain(model: str, *, revision: str | None, output: Path | None, offline: bo
 
         return obtain_pinned(model, revision, output=output, offline=offline, reporter=reporter)
     raise InvalidUsageError(
-        f"{model} is neither demo, nor an existing directory, nor a hub id",
+        f"{model or repr(model)} is neither demo, nor an existing directory, nor a hub id",
         hint="a hub id looks like google/gemma-2-9b-it",
     )
 

@@ -70,7 +70,7 @@ def outline(model: str, *, revision: str | None = None, offline: bool = False) -
         found = _on_hub(model, revision, offline=offline)
     else:
         raise InvalidUsageError(
-            f"{model} is neither demo, nor an existing directory, nor a hub id",
+            f"{model or repr(model)} is neither demo, nor an existing directory, nor a hub id",
             hint="a hub id looks like google/gemma-2-9b-it",
         )
     require_supported(found.checkpoint.config)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,10 +14,10 @@ from gemma_pack.commands import run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from tests.oci.registry import Registry
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPE = """\
 name: {name}
 summary: for tests
@@ -289,6 +290,18 @@ def test_a_mistake_on_the_command_line_is_named(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert run(["build", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_example_is_a_build_file_whose_recipes_are_shipped() -> None:
+    from gemma_pack.build_file import load_build_file
+    from gemma_pack.matrix import wanted_variants
+
+    examples = sorted(EXAMPLES.glob("*.yaml"))
+    wanted = {path.name: wanted_variants(load_build_file(path)) for path in examples}
+    assert [len(wanted[name]) for name in ("demo.yaml", "matrix.yaml")] == [1, 6]
+    assert {one.repository for one in wanted["matrix.yaml"]} == {
+        "registry.example.com/models/gemma-2-9b-it", "registry.example.com/models/gemma-3-4b-it",
+    }  # fmt: skip
 
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
