@@ -47,6 +47,8 @@ class ValidationPart(_Part):
     text: str = "builtin"
     profile: Literal["smoke", "quick", "full"] = "quick"
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    extend: bool = False
+    """An undecided verdict takes more windows, once."""
 
 
 class PackagePart(_Part):

@@ -7,9 +7,11 @@ layer by layer. Logins and keys stay where the build was started: it pushes, the
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import secrets
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -73,6 +75,20 @@ class _Order(BaseModel):
     version: str = __version__
 
 
+class _Relay(io.TextIOBase):
+    """What Ray prints, such as that a worker was lost, becomes warnings: stdout holds the result alone."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter, self._begun = reporter, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            if said := re.sub(r"\x1b\[[0-9;]*m", "", line).strip():
+                self._reporter.warn(said)
+        return len(text)
+
+
 def build_on_cluster(
     plan: BuildFile, wanted: Sequence[Wanted], means: Means, reporter: Reporter
 ) -> Iterator[VariantOutcome]:
@@ -82,7 +98,7 @@ def build_on_cluster(
         InvalidUsageError: no cluster is named.
         MachineError: Ray is missing, the cluster cannot be joined from here, or no worker could do any of it.
     """
-    with _joined_cluster() as ray, _marked(Path(plan.output)) as marker:
+    with redirect_stdout(_Relay(reporter)), _joined_cluster() as ray, _marked(Path(plan.output)) as marker:
         nodes = ray.nodes()
         on_gpu = means.device == "cuda" or (means.device == "auto" and any(_gpus(node) for node in nodes))
         task = ray.remote(_build_remotely)

@@ -9,6 +9,7 @@ Here the recipes of one model share the pass over the calibration text; `cluster
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from gemma_pack.outcome import BuiltImage, Stage, VariantOutcome
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from gemma_pack.build_file import BuildFile, ModelPart
+    from gemma_pack.build_file import BuildFile, ModelPart, ValidationPart
     from gemma_pack.console import Reporter
     from gemma_pack.oci.package import PackageResult
     from gemma_pack.quantization.variant import Variant
@@ -181,9 +182,7 @@ def _report(plan: BuildFile, one: Wanted, record: Record, means: Means, reporter
     asked = plan.validation
     if record.validation and (target / REPORT_NAME).is_file():
         found = read_report(target / REPORT_NAME)
-        same_windows = found.protocol.profile == asked.profile and found.protocol.text.seed == asked.seed
-        same_text = Path(asked.text).name == Path(found.protocol.text.spec).name
-        if same_windows and same_text and found.digest() == record.validation.report_sha256:
+        if _answers(found, asked) and found.digest() == record.validation.report_sha256:
             reporter.status(f"{target} is there already, on the same windows")
             return found
     return validate_variant(
@@ -193,9 +192,25 @@ def _report(plan: BuildFile, one: Wanted, record: Record, means: Means, reporter
         profile_name=asked.profile,
         text=asked.text,
         seed=asked.seed,
+        extend=asked.extend,
         device=means.device,
         offline=means.offline,
         reporter=reporter,
+    )
+
+
+def _answers(report: Report, asked: ValidationPart) -> bool:
+    """Say whether a report is on the windows that are asked for, with as many looks at them."""
+    from gemma_pack.evaluation.statistics import CONFIDENCE
+    from gemma_pack.wikitext2 import NAME, ORIGIN
+
+    text = ORIGIN if asked.text == NAME else asked.text
+    read, looks = report.protocol.text, 2 if asked.extend else 1
+    return (
+        report.protocol.profile == asked.profile
+        and read.seed == asked.seed
+        and (read.spec in {text, Path(text).name} or read.spec.partition("@")[0] == text)
+        and math.isclose(1 - report.method.confidence, (1 - CONFIDENCE) / looks)
     )
 
 

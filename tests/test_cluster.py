@@ -77,6 +77,7 @@ def test_the_variant_of_a_lost_worker_is_run_again_on_another(
     ray_cluster.kill(workers[0])  # both have begun, and importing torch alone takes longer than this loop
     out, err = started.communicate(timeout=WAIT_SECONDS)
     assert started.returncode == 11, err  # so few windows decide nothing
+    assert all("warning" in (said := json.loads(line)) or "error" in said for line in err.splitlines())
     variants = json.loads(out)["variants"]
     assert [(one["recipe"], one["failure"]) for one in variants] == [("r0", None), ("r1", None)]
     assert sorted(log.read_text().count("── on") for log in logs) == [1, 2]

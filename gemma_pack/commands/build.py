@@ -37,6 +37,7 @@ Examples:
 @click.option(
     "--profile", type=click.Choice(["smoke", "quick", "full"]), help="How each is validated  [default: quick]"
 )
+@click.option("--extend", is_flag=True, default=None, help="Take more windows, once, where a verdict is undecided.")
 @click.option("--text", help="Evaluation text, as for validate  [default: builtin]")
 @click.option(
     "--layout", type=click.Choice(["modelcar", "artifact", "both"]), help="As what to pack  [default: modelcar]"
@@ -124,7 +125,7 @@ def _as_fields(said: dict[str, Any]) -> dict[str, Any]:
         "calibration": {
             "text": said["calibration"], "samples": said["samples"], "sequence_length": said["sequence_length"],
         },
-        "validation": {"profile": said["profile"], "text": said["text"]},
+        "validation": {"profile": said["profile"], "text": said["text"], "extend": said["extend"]},
         "package": {"layout": said["layout"]},
         "push": said["push"],
     }  # fmt: skip

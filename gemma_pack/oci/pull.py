@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gemma_pack.checkpoint import Checkpoint
-from gemma_pack.disk import is_ours, publish, refuse_existing, require_space, write_atomic
+from gemma_pack.disk import is_ours, publish, refuse_existing, require_makeable, require_space, write_atomic
 from gemma_pack.errors import CheckpointError, InvalidUsageError, RegistryError
 from gemma_pack.oci.extraction import LayerExtraction, is_raw, require_known
 from gemma_pack.oci.raw_files import RawExtraction, place_raw, raw_paths
@@ -117,6 +117,7 @@ def pull(
     """
     begin_s = time.monotonic()
     target = Path(os.path.abspath(target))  # noqa: PTH100 - without following a link that may be in the way
+    require_makeable(target)
     with open_source(image, plain_http=plain_http, ca_file=ca_file, retry=retry) as source:
         resolved = resolve(source, platform)
         files = _present(target, resolved.descriptor.digest)

@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from gemma_pack.build_file import ValidationPart
 from gemma_pack.checkpoint import file_sha256
 from gemma_pack.commands import run
+from gemma_pack.matrix import _answers
+from gemma_pack.wikitext2 import ORIGIN
+from tests.reports.reports import make_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -182,6 +186,34 @@ def test_recipes_that_calibrate_alike_share_the_pass_and_a_failing_one_costs_the
     assert run([*alone, *words, "--format", "json"]) in {0, 11}
     [variant] = json.loads(capsys.readouterr().out)["variants"]
     assert variant["digest"] == shared[1]["digest"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "spec", "confidence", "answered"),
+    [
+        ({}, "builtin", 0.95, True),
+        ({"extend": True}, "builtin", 0.95, False),
+        ({"extend": True}, "builtin", 0.975, True),
+        ({"seed": 1}, "builtin", 0.95, False),
+        ({"profile": "full"}, "builtin", 0.95, False),
+        ({"text": "texts/mine.txt"}, "mine.txt", 0.95, True),
+        ({"text": "a/b:c"}, "a/b:c@0123", 0.95, True),
+        ({"text": "a/b"}, "a/b:c@0123", 0.95, False),
+        ({"text": "wikitext2"}, ORIGIN, 0.95, True),
+    ],
+)
+def test_a_report_is_kept_where_it_answers_what_is_asked(
+    asked: dict[str, Any], spec: str, confidence: float, answered: bool
+) -> None:
+    report = make_report()
+    text = report.protocol.text.model_copy(update={"spec": spec, "seed": 0})
+    found = report.model_copy(
+        update={
+            "protocol": report.protocol.model_copy(update={"text": text}),
+            "method": report.method.model_copy(update={"confidence": confidence}),
+        }
+    )
+    assert _answers(found, ValidationPart.model_validate({"profile": "quick", **asked})) is answered
 
 
 def test_models_and_recipes_may_stand_on_the_command_line(

@@ -133,29 +133,6 @@ def test_the_workflow_is_safe_to_copy() -> None:
     assert f"{taken['path']}/pushed.json" in steps["Read it"]["run"]
 
 
-@pytest.mark.parametrize(("codes", "asked", "ends"), [
-    ([0], ["quick"], 0), ([10], ["quick"], 10), ([1], ["quick"], 1), ([11, 0], ["quick", "full"], 0),
-    ([11, 10], ["quick", "full"], 10), ([11, 11], ["quick", "full"], 11),
-])  # fmt: skip
-def test_only_an_undecided_gate_is_asked_again_with_more_windows(
-    tmp_path: Path, codes: list[int], asked: list[str], ends: int
-) -> None:
-    """Run the step's script as GitHub does, with a gemma-pack that exits with one code after the other."""
-    [script] = [s["run"] for s in workflow()["jobs"]["variant"]["steps"] if s.get("name") == "Validate"]
-    for number, code in enumerate(codes):
-        (tmp_path / f"{number}.code").write_text(str(code))
-    stand_in = tmp_path / "gemma-pack"
-    stand_in.write_text(
-        '#!/bin/sh\ncd "$(dirname "$0")"\necho "$4" >> asked\nnext=$(ls *.code | head -1)\n'
-        'code=$(cat "$next")\nrm "$next"\nexit "$code"\n'
-    )
-    stand_in.chmod(0o755)
-    path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-    done = subprocess.run(["bash", "-eo", "pipefail", "-c", script], check=False, env=path, timeout=60)
-    assert done.returncode == ends
-    assert (tmp_path / "asked").read_text().split() == asked
-
-
 @pytest.fixture(scope="module")
 def refused() -> Callable[[dict[str, Any]], list[str]]:
     """Return a function that says what Tekton's published CRD refuses in an object."""
