@@ -11,6 +11,7 @@ import io
 import os
 import re
 import secrets
+import socket
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from gemma_pack import __version__
 from gemma_pack.build_file import BuildFile  # noqa: TC001 - pydantic reads the annotation
 from gemma_pack.console import Console, format_bytes
-from gemma_pack.errors import GemmaPackError, InvalidUsageError, MachineError
+from gemma_pack.errors import GemmaPackError, InvalidUsageError, MachineError, OfflineError
 from gemma_pack.matrix import Means, Wanted, finish_variant, quantize_group, wanted_variants
 from gemma_pack.outcome import VariantOutcome
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 RETRIES: Final = 3
 """How often a variant whose worker was lost is run again."""
 ADDRESS: Final = "RAY_ADDRESS"
+ANSWER_SECONDS: Final = 10
 _NAMES: Final = ("demo", "builtin", "embedded", "none")
 """Of a model, a text and bases: they mean no path, whatever lies there."""
 VALIDATION_BYTES: Final = 2_000_000_000
@@ -96,7 +98,8 @@ def build_on_cluster(
 
     Raises:
         InvalidUsageError: no cluster is named.
-        MachineError: Ray is missing, the cluster cannot be joined from here, or no worker could do any of it.
+        OfflineError: the cluster cannot be reached.
+        MachineError: Ray is missing, or the cluster cannot be joined from here.
     """
     with redirect_stdout(_Relay(reporter)), _joined_cluster() as ray, _marked(Path(plan.output)) as marker:
         nodes = ray.nodes()
@@ -157,6 +160,7 @@ def _joined_cluster() -> Iterator[Any]:
         raise InvalidUsageError(
             f"{ADDRESS} names no cluster", hint=f"{ADDRESS}=HOST:6379, or auto for the one that this machine is part of"
         )
+    _require_answer(address)
     try:
         import ray
     except ImportError as error:
@@ -173,6 +177,19 @@ def _joined_cluster() -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Raise OfflineError where nobody listens at `address`; Ray itself would try for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or not port.isdecimal():  # `auto`, or what only Ray can tell
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise OfflineError(
+            f"the Ray cluster at {address} cannot be reached: {error}", hint=f"check {ADDRESS}, and ray status there"
+        ) from error
 
 
 @contextmanager
