@@ -71,7 +71,7 @@ def tradeoff(points: Sequence[tuple[str, float, float, str]]) -> str:
     y = _scale(0, top, HEIGHT - BOTTOM, TOP)
     parts = [_y_axis(y, top, lambda kl: f"{kl:.2g}")]
     parts.extend(_tick(x(percent / 100), f"{percent} %") for percent in range(0, 101, 20))
-    below = HEIGHT + LABEL_HEIGHT  # where the last label stands; the next must not cover it
+    below: float = HEIGHT + LABEL_HEIGHT  # where the last label stands; the next must not cover it
     for name, share, kl, tone in sorted(points, key=lambda point: point[2]):
         below = min(y(kl) + 4, below - LABEL_HEIGHT)
         label = escape(f"{name}: {100 * share:.1f} % of the size, KL {kl:.4f} nats")
