@@ -114,13 +114,13 @@ class SpokenModel:
     def forget(self) -> None:
         """Empty the cache."""
         import torch
-        from transformers import DynamicCache, StaticCache
+        from transformers import DynamicCache
 
         self._read = []
         if self.plan.preset != "speed":
             self._cache = DynamicCache(config=self._module.config)
         elif self._cache is None:
-            self._cache = StaticCache(config=self._module.config, max_cache_len=self.context)
+            self._cache = _static_cache(self._module.config, self.context)
         else:
             with torch.inference_mode():
                 self._cache.reset()  # not made anew: where it lies is compiled in
@@ -157,6 +157,21 @@ class SpokenModel:
                 "torch.compile compiled nothing here", hint="unset TORCHDYNAMO_DISABLE, or use --preset exact"
             )
         return graphs
+
+
+def _static_cache(config: Any, context: int) -> Any:  # noqa: ANN401 - of transformers
+    """Return a KV cache of fixed size whose length is a tensor in every layer, so that a step is compiled once.
+
+    A sliding layer of transformers (`StaticSlidingWindowLayer`) counts its tokens in a Python int, on which
+    torch.compile specializes: it would compile anew for each token, eight times, and fail. So sliding layers keep all
+    tokens too, as much memory as a full layer takes; masks go by the config and hide what lies outside the window.
+    """
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer
+
+    cache = StaticCache(config=config, max_cache_len=context)
+    cache.layers = [StaticLayer(max_cache_len=context) for _ in cache.layers]
+    return cache
 
 
 def _end_tokens(module: Any) -> frozenset[int]:  # noqa: ANN401 - a transformers model
