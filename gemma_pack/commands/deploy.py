@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from gemma_pack.oci.signing import PublicKey
 
 TARGETS: Final = ("vllm", "rhaiis", "rhelai", "kserve")
+HOW: Final = ("format", "quiet")
+"""Parameters that say how the result is printed, not what it is."""
 SCHEMES: Final = ("oci", "oci+modelcar", "oci+native", "oci+fetch")
 
 
@@ -92,7 +95,7 @@ def command(
     from dataclasses import asdict
 
     from gemma_pack.deploy import MAKERS, write_bundle
-    from gemma_pack.deploy.options import Options
+    from gemma_pack.deploy.options import DIRECTORY, Options
     from gemma_pack.deploy.resources import Demand, plan_resources
     from gemma_pack.disk import refuse_existing
     from gemma_pack.oci.signing import load_public_key
@@ -102,7 +105,7 @@ def command(
         server_image=server_image,
         storage_scheme=storage_scheme,
         pull_secret=pull_secret,
-        directory=output,
+        directory=output or DIRECTORY,
     )
     if output:
         refuse_existing(output)
@@ -124,18 +127,37 @@ def command(
         write_bundle(bundle, output)
     for warning in bundle.warnings:
         console.warn(warning)
+    steps = bundle.steps if output else (_again(DIRECTORY), *bundle.steps)
     data = {
         "target": target,
         "reference": image.reference,
         "directory": str(output) if output else None,
         "resources": asdict(resources),
         "files": {file.name: file.text for file in bundle.files},
-        "steps": bundle.steps,
+        "steps": steps,
     }
     written = "\n".join(str(output / file.name) for file in bundle.files) if output else ""
     console.result(data, written or bundle.text.rstrip("\n"))
-    for step in bundle.steps:
+    for step in steps:
         console.hint(step)
+
+
+def _again(directory: Path) -> str:
+    """Return the command that the user gave, as one that writes the files into `directory` instead of printing them."""
+    from click.core import ParameterSource
+
+    context = click.get_current_context()
+    words = ["gemma-pack", "deploy"]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE or name in HOW:
+            continue
+        value = context.params[name]
+        if isinstance(parameter, click.Option):
+            words.append(parameter.opts[-1])
+        if value is not True:
+            words.append(f"{value:g}" if isinstance(value, float) else str(value))
+    return f"{shlex.join([*words, '-o', str(directory)])}  # writes the files above"
 
 
 def _find(
@@ -174,6 +196,7 @@ def _find(
         size_bytes=found.size_bytes,
         record=found.record,
         config=found.config,
+        answers_chat=found.has_chat_template,
         is_artifact=found.is_artifact,
         report_verdict=verdict,
         report_signer=signer,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from gemma_pack.deploy.options import MAX_NAME_LENGTH
+from gemma_pack.deploy.server import require_servable
 from gemma_pack.errors import InvalidUsageError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class ServedImage:
         size_bytes: of all layers, as a node pulls them.
         record: gemma-pack.json of the variant; None for an image that something else made.
         config: config.json of the variant.
+        answers_chat: whether it has a chat template, and so answers turns; otherwise it continues text.
         is_artifact: whether it holds raw files, which ilab reads, and not a modelcar's file system.
         report_verdict: of the validation report that is attached to it; None where there is none.
         report_signer: who signed that report; None for nobody.
@@ -37,16 +39,18 @@ class ServedImage:
     size_bytes: int
     record: Record | None
     config: Mapping[str, Any]
+    answers_chat: bool = False
     is_artifact: bool = False
     report_verdict: str | None = None
     report_signer: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is not pinned."""
+        """Refuse what is not pinned, and what no server loads."""
         if not _PINNED.fullmatch(self.reference):
             raise InvalidUsageError(
                 f"{self.reference} is not pinned by digest", hint="pass host/name@sha256:…, as push prints it"
             )
+        require_servable(self.config, self.reference)
 
     @property
     def host(self) -> str:
@@ -73,17 +77,12 @@ class ServedImage:
         recorded = self.record.validation.verdict if self.record and self.record.validation else None
         return self.report_verdict or recorded
 
-    @property
-    def answers_chat(self) -> bool:
-        """Whether the model is instruction-tuned, by Google's suffix `-it`, and so has a chat template."""
-        return self.record is not None and re.search(r"-it\b", self.record.source.model_id) is not None
-
     def require_modelcar(self) -> None:
         """Raise InvalidUsageError if it has no file system to mount or unpack."""
         if self.is_artifact:
             raise InvalidUsageError(
                 f"{self.reference} is an artifact of raw files, which only rhelai serves",
-                hint="deploy the modelcar: gemma-pack push DIR REF makes and pushes one",
+                hint="choose --target rhelai, or name the modelcar: gemma-pack push DIR REF makes and pushes one",
             )
 
     def describe(self) -> list[str]:

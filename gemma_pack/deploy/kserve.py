@@ -140,18 +140,12 @@ def _steps(image: ServedImage, name: str, options: Options) -> tuple[str, ...]:
         f"podman login --authfile {auth_file} {image.host}",
         f"{create} --from-file=.dockerconfigjson={auth_file}",
     )
-    apply, prepull, smoke = "kubectl apply -f -  # with the manifests above", [], []
-    if options.directory:
-        place = shlex.quote(str(options.directory))
-        apply = f"kubectl apply -k {place}"
-        prepull = [f"kubectl apply -f {place}/prepull.yaml  # if the nodes shall pull the weights beforehand"]
-        smoke = [f"kubectl replace --force -f {place}/smoke.yaml  # if a Job shall ask instead of you"]
     return (
         *(secret if options.pull_secret else ()),
-        *prepull,
-        apply,
+        f"kubectl apply -f {options.file('prepull.yaml')}  # if the nodes shall pull the weights beforehand",
+        f"kubectl apply -k {shlex.quote(str(options.directory))}",
         f"kubectl wait --for=condition=Ready inferenceservice/{name} --timeout=30m",
-        *smoke,
+        f"kubectl replace --force -f {options.file('smoke.yaml')}  # if a Job shall ask instead of you",
         f"kubectl port-forward deployment/{name}-predictor 8080:8080",
         curl_command(image, name, "http://127.0.0.1:8080"),
     )

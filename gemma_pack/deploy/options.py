@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import Final
 
 from gemma_pack.errors import InvalidUsageError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 MAX_NAME_LENGTH: Final = 40
 """KServe joins name, `-predictor-` and namespace to a DNS label of at most 63 characters: 12 are left for the last."""
 STORAGE_SCHEMES: Final = ("oci", "oci+modelcar", "oci+native", "oci+fetch")
 """`oci` leaves the way to the cluster; the others choose it: a sidecar that links the files, a volume of the container
 runtime, or a copy into the pod (KServe, `ParseOciScheme`)."""
+DIRECTORY: Final = Path("serving")
+"""Where the files go unless told."""
 
 _LABEL: Final = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _SUBDOMAIN: Final = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
@@ -31,14 +32,14 @@ class Options:
         server_image: the server's image, where the target runs one.
         storage_scheme: one of STORAGE_SCHEMES, how KServe gets at the files.
         pull_secret: name of the Secret with the registry's login; None where the cluster needs none.
-        directory: where the files will be, for the commands that follow; None when they go to stdout.
+        directory: where the files will be, for the commands that follow.
     """
 
     name: str | None = None
     server_image: str | None = None
     storage_scheme: str | None = None
     pull_secret: str | None = None
-    directory: Path | None = None
+    directory: Path = DIRECTORY
 
     def __post_init__(self) -> None:
         """Refuse names that a server would refuse."""
@@ -55,6 +56,10 @@ class Options:
             )
         if self.server_image is not None and not _IMAGE.fullmatch(self.server_image):
             raise InvalidUsageError(f"{self.server_image!r} is no image's name", hint="choose another --server-image")
+
+    def file(self, name: str) -> str:
+        """Return the path of one of the files as a word for a shell."""
+        return shlex.quote(str(self.directory / name))
 
     def refuse_for(self, target: str, *names: str) -> None:
         """Raise InvalidUsageError if one of the options `names` is set, which `target` has no use for."""

@@ -48,7 +48,7 @@ def rhaiis_bundle(image: ServedImage, resources: Resources, options: Options) ->
         steps=(
             f"podman login {server_image.partition('/')[0]}",
             "sudo setsebool -P container_use_devices 1  # once, where SELinux is on",
-            "sh run.sh",
+            f"sh {options.file('run.sh')}",
             curl_command(image, name, "http://127.0.0.1:8000"),
         ),
         warnings=provenance_warnings(image),

@@ -7,13 +7,32 @@ import shlex
 from typing import TYPE_CHECKING, Final
 
 from gemma_pack.deploy.resources import GPU_MEMORY_UTILIZATION
+from gemma_pack.errors import InvalidUsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
     from gemma_pack.deploy.image import ServedImage
     from gemma_pack.deploy.resources import Resources
 
 PROMPT: Final = "Write me a poem about Machine Learning."
 """The prompt of the Gemma model card."""
+MAX_TOKENS: Final = 64
+"""Of the answer: without a limit, a model that does not end its turn would fill the whole context."""
+
+
+def require_servable(config: Mapping[str, Any], name: str) -> None:
+    """Raise InvalidUsageError if no vLLM of today loads the checkpoint `name` with this config.json.
+
+    vLLM 0.32 has no loader of bitsandbytes' format (`vllm/model_executor/layers/quantization`); earlier ones had.
+    """
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "bitsandbytes":
+        raise InvalidUsageError(
+            f"{name} is in bitsandbytes' format, which vLLM dropped: only transformers loads it",
+            hint="gemma-pack chat or generate runs it; to serve, quantize the base by w4a16 or w8a16",
+        )
 
 
 def server_arguments(name: str, resources: Resources) -> list[str]:
@@ -35,9 +54,8 @@ def request(image: ServedImage, name: str) -> tuple[str, str]:
 def request_of(name: str, *, chat: bool) -> tuple[str, str]:
     """Return the same for a model of that name: only one with a chat template answers, others continue text."""
     path = "chat/completions" if chat else "completions"
-    message = [{"role": "user", "content": PROMPT}]
-    ask = {"messages": message} if chat else {"prompt": PROMPT, "max_tokens": 64}
-    return path, json.dumps({"model": name, **ask})
+    ask = {"messages": [{"role": "user", "content": PROMPT}]} if chat else {"prompt": PROMPT}
+    return path, json.dumps({"model": name, **ask, "max_tokens": MAX_TOKENS})
 
 
 def curl_command(image: ServedImage, name: str, base_url: str) -> str:

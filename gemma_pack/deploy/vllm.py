@@ -42,6 +42,6 @@ def vllm_bundle(image: ServedImage, resources: Resources, options: Options) -> B
     return Bundle(
         target="vllm",
         files=(BundleFile(name="serve.sh", text=serve), BundleFile(name="generate.py", text=generate)),
-        steps=("sh serve.sh", curl_command(image, name, "http://127.0.0.1:8000")),
+        steps=(f"sh {options.file('serve.sh')}", curl_command(image, name, "http://127.0.0.1:8000")),
         warnings=provenance_warnings(image),
     )

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from gemma_pack.oci.tar_reader import Member
 
 CONFIG_NAME: Final = "config.json"
+TOKENIZER_CONFIG_NAME: Final = "tokenizer_config.json"
+CHAT_TEMPLATE_NAMES: Final = ("chat_template.jinja", "chat_template.json")
+"""Files that hold a chat template alone; older checkpoints have it in TOKENIZER_CONFIG_NAME."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +65,8 @@ class ImageDescription:
     record: Record | None
     config: Mapping[str, Any]
     """The checkpoint's config.json."""
+    has_chat_template: bool
+    """Whether a server that loads it answers turns, and not only continues text."""
 
     @property
     def is_artifact(self) -> bool:
@@ -88,7 +93,8 @@ def describe(
     """
     with open_source(image, plain_http=plain_http, ca_file=ca_file, retry=retry) as source:
         resolved = resolve(source, platform)
-        files = read_small_files(source, resolved.manifest, (CONFIG_NAME, RECORD_NAME))
+        wanted = (CONFIG_NAME, RECORD_NAME, TOKENIZER_CONFIG_NAME, *CHAT_TEMPLATE_NAMES)
+        files = read_small_files(source, resolved.manifest, wanted)
         digest = resolved.root.digest
         pinned = str(source.reference.pinned(digest)) if isinstance(source, RegistrySource) else None
     if CONFIG_NAME not in files:
@@ -110,6 +116,7 @@ def describe(
         ),
         record=_record(files.get(RECORD_NAME), source.name),
         config=parse_json(files[CONFIG_NAME], origin=f"{source.name}: {CONFIG_NAME}"),
+        has_chat_template=_has_chat_template(files, source.name),
     )
 
 
@@ -153,6 +160,13 @@ def _read_raw(reader: BlobReader, layer: Descriptor, origin: str) -> bytes:
     if layer.size_bytes > MAX_SMALL_BYTES:
         raise RegistryError(f"{origin} holds a {layer.title} of {layer.size_bytes} bytes, 4 MiB at most")
     return reader.whole(layer, origin)
+
+
+def _has_chat_template(files: Mapping[str, bytes], name: str) -> bool:
+    if any(template in files for template in CHAT_TEMPLATE_NAMES):
+        return True
+    config = files.get(TOKENIZER_CONFIG_NAME, b"{}")
+    return bool(parse_json(config, origin=f"{name}: {TOKENIZER_CONFIG_NAME}").get("chat_template"))
 
 
 def _record(data: bytes | None, name: str) -> Record | None:

@@ -116,6 +116,7 @@ def served() -> Callable[..., ServedImage]:
             "size_bytes": WEIGHTS_BYTES[name] + 40_000_000,
             "record": record_of(f"google/{name}", WEIGHTS_BYTES[name]),
             "config": {**CONFIGS[name], **quantized},
+            "answers_chat": name.endswith("-it"),
         }
         return ServedImage(**{**fields, **changes})
 

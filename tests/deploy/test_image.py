@@ -53,15 +53,12 @@ def test_weights_are_what_the_record_counted_else_the_whole_image(served: Callab
     assert served(record=None).weights_bytes == 347_000_000
 
 
-@pytest.mark.parametrize(
-    ("model_id", "chats"),
-    [("google/gemma-2-9b-it", True), ("google/gemma-3-4b-it-qat", True), ("google/gemma-3-270m", False)],
-)
-def test_only_instruction_tuned_models_answer_chats(
-    served: Callable[..., ServedImage], model_id: str, *, chats: bool
-) -> None:
-    assert served(record=record_of(model_id, 1)).answers_chat is chats
-    assert not served(record=None).answers_chat
+def test_what_vllm_does_not_load_is_refused(served: Callable[..., ServedImage]) -> None:
+    config = {**served().config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    with pytest.raises(InvalidUsageError, match="in bitsandbytes' format, which vLLM dropped") as refusal:
+        served(config=config)
+    assert refusal.value.hint
+    assert "gemma-pack chat" in refusal.value.hint
 
 
 def test_the_description_says_what_the_base_is(served: Callable[..., ServedImage]) -> None:

@@ -346,11 +346,13 @@ def test_stdout_holds_what_kubectl_apply_takes(served: Callable[..., ServedImage
 @pytest.mark.parametrize(("name", "path"), [("gemma-3-270m", "/v1/completions"), ("gemma-2-9b-it", "/v1/chat/")])
 def test_the_last_step_asks_the_model(served: Callable[..., ServedImage], name: str, path: str) -> None:
     steps = bundle_of(served(name), name="poet").steps
-    assert steps[0].startswith("kubectl apply -f -")
-    assert "inferenceservice/poet" in steps[1]
-    assert "deployment/poet-predictor" in steps[2]
-    assert path in steps[3]
-    assert '"model": "poet"' in steps[3]
+    assert steps[0].startswith("kubectl apply -f serving/prepull.yaml")
+    assert steps[1] == "kubectl apply -k serving"
+    assert "inferenceservice/poet" in steps[2]
+    assert steps[3].startswith("kubectl replace --force -f serving/smoke.yaml")
+    assert "deployment/poet-predictor" in steps[4]
+    assert path in steps[5]
+    assert '"model": "poet"' in steps[5]
 
 
 @pytest.mark.parametrize("breaking", ["\n", "\r\n", "\u0085", "\u2028", "\x0b"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import json
 import os
+import re
 import shlex
 import subprocess
 import tempfile
@@ -119,6 +120,34 @@ def test_the_unit_runs_the_same_container(
     assert f"--publish={container['PublishPort']}" in arguments
     assert [f"--env={pair}" for pair in container["Environment"].split()] == [a for a in arguments if "--env=" in a]
     assert bundle.files[1].name == "poet.container"
+
+
+def test_quadlet_knows_every_key(served: Callable[..., ServedImage]) -> None:
+    """It refuses a unit with a key that it does not know (podman, pkg/systemd/quadlet, `checkForUnknownKeys`)."""
+    bundle = bundle_of(served())
+    container = unit_of(bundle)["Container"]
+    assert set(container) <= QUADLET_KEYS
+    kind, source, destination = container["Mount"].split(",")
+    assert (kind, destination) == ("type=image", "destination=/modelcar")
+    assert not source.endswith((".image", ".volume"))  # quadlet would look for a unit of that name
+    assert "podman 4.7 or later" in bundle.files[1].text
+
+
+QUADLET_KEYS = {
+    "AddDevice", "ContainerName", "DropCapability", "Environment", "Exec", "Image", "Mount", "NoNewPrivileges",
+    "PodmanArgs", "PublishPort", "ShmSize",
+}  # fmt: skip
+"""Of [Container], those of podman 4.7 that we use: ShmSize is the youngest (podman-systemd.unit(5) of 4.7)."""
+
+
+def test_podman_knows_every_option(
+    served: Callable[..., ServedImage], podman_calls: Callable[..., list[list[str]]], tool: Callable[[str], str]
+) -> None:
+    told = subprocess.run([tool("podman"), "run", "--help"], check=True, capture_output=True, text=True, timeout=30)
+    known = set(re.findall(r"--[a-z-]+", told.stdout))
+    [arguments] = podman_calls(bundle_of(served()))
+    ours = arguments[: arguments.index(SERVER_IMAGE)]
+    assert {word.partition("=")[0] for word in ours if word.startswith("--")} <= known
 
 
 def test_the_unit_pulls_before_it_starts(served: Callable[..., ServedImage]) -> None:

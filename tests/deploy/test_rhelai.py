@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from dataclasses import replace
@@ -53,6 +54,8 @@ for layer in json.loads((layout / "blobs" / digest.replace(":", "/")).read_text(
     (files / layer["annotations"]["org.opencontainers.image.title"]).symlink_to(blob)
 """
 
+PULLS = '#!/bin/sh\n[ "$1 $3" = "pull -o" ] && mkdir -p "$4" && touch "$4/config.json" && echo "pulled $2"\n'
+
 
 @pytest.fixture
 def artifact(
@@ -88,8 +91,6 @@ def run(bundle: Bundle, directory: Path, host: str) -> subprocess.CompletedProce
 def test_ilab_downloads_the_files_and_serves_them(
     artifact: ServedImage, registry: Registry, tmp_path: Path, tool: Callable[[str], str]
 ) -> None:
-    import json
-
     tool("skopeo")
     finished = run(bundle_of(artifact), tmp_path, registry.host)
     assert finished.returncode == 0, finished.stderr
@@ -127,18 +128,27 @@ def test_the_answer_is_asked_for_as_the_model_was_trained(served: Callable[..., 
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "reason"),
     [
-        ({}, "this is a modelcar image"),
+        ({}, "this is a modelcar"),
         ({"is_artifact": True, "tag": None}, "downloads by tag"),
         ({"is_artifact": True}, "knows no registry with a port"),
     ],
 )
-def test_what_ilab_cannot_download_is_refused(
-    served: Callable[..., ServedImage], changes: dict[str, object], sentence: str
+def test_what_ilab_cannot_download_gemma_pack_pulls(
+    served: Callable[..., ServedImage], tmp_path: Path, changes: dict[str, object], reason: str
 ) -> None:
-    with pytest.raises(InvalidUsageError, match=sentence):
-        bundle_of(served(**changes))
+    image = served(**changes)
+    bundle = bundle_of(image)
+    assert reason in bundle.files[0].text
+    (tmp_path / "gemma-pack").write_text(PULLS, "utf-8")
+    (tmp_path / "gemma-pack").chmod(0o755)
+    for pulled in ([f"pulled {image.reference}"], []):  # nothing is pulled twice
+        finished = run(bundle, tmp_path, "nowhere")
+        assert finished.returncode == 0, finished.stderr
+        *before, told = finished.stdout.splitlines()
+        assert before == pulled
+        assert json.loads(told)["files"] == ["config.json"]
 
 
 def test_options_of_other_targets_are_refused(served: Callable[..., ServedImage]) -> None:

@@ -55,6 +55,25 @@ def test_a_layout_is_described(recorded: Path):
     assert found.size_bytes == manifest.config.size_bytes + sum(layer.size_bytes for layer in manifest.layers)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "answers"),
+    [
+        ("chat_template.jinja", "{{ messages }}", True),
+        ("chat_template.json", "{}", True),
+        ("tokenizer_config.json", '{"chat_template": "{{ messages }}"}', True),
+        ("tokenizer_config.json", "{}", False),
+    ],
+)
+def test_a_chat_template_is_found_wherever_it_is_kept(
+    tmp_path: Path, raw_checkpoint: Callable[..., Path], name: str, text: str, *, answers: bool
+):
+    directory = raw_checkpoint()
+    (directory / "chat_template.jinja").unlink()
+    (directory / name).write_text(text, "utf-8")
+    package(directory, tmp_path / "model.oci", reporter=QUIET)
+    assert describe(tmp_path / "model.oci").has_chat_template is answers
+
+
 def test_an_image_in_a_real_registry_is_described_the_same(registry: Registry, recorded: Path):
     result = push(recorded, f"{registry.host}/team/gemma:1", reporter=QUIET)
     found, local = describe(result.reference), describe(recorded)

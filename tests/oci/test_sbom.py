@@ -23,7 +23,7 @@ def image() -> ImageDescription:
     layer = LayerDescription(title="tokenizer.tar", media_type="tar", digest="sha256:" + "cd" * 32, size_bytes=7)
     return ImageDescription(
         name="gemma", digest=DIGEST, pinned=None, platforms=(), size_bytes=7, layers=(layer, layer), record=None,
-        config={"architectures": ["Gemma2ForCausalLM"]},
+        config={"architectures": ["Gemma2ForCausalLM"]}, has_chat_template=False,
     )  # fmt: skip
 
 
