@@ -109,9 +109,11 @@ def serving(
 
     Raises:
         EngineError: it died before it was healthy, or took too long; the message ends with its last lines.
+        MachineError: another program has the port.
     """
     started = time.monotonic()
     port = port or free_port()
+    _require_free(host, port)
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603 - a list of arguments, no shell
             [
@@ -162,6 +164,21 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _require_free(host: str, port: int) -> None:
+    """Refuse a port that another program listens on: its answers would pass for our server's."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as servers do: one that just ended is no hindrance
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise MachineError(
+                f"{host} port {port} cannot be listened on: {error.strerror}", hint="choose another with --port"
+            ) from error
 
 
 def _wait_until_healthy(

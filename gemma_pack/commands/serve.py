@@ -49,8 +49,8 @@ def command(
     from the Python that GEMMA_PACK_VLLM names, else from this one or the PATH, in bfloat16. When the server is healthy,
     its address and a call that shows that it answers are printed. Options behind -- are vLLM's own.
     """
-    from gemma_pack.checkpoint import Checkpoint
-    from gemma_pack.deploy.server import curl_of
+    from gemma_pack.checkpoint import Checkpoint, read_json
+    from gemma_pack.deploy.server import curl_of, require_servable
     from gemma_pack.oci.source import registry_reference
     from gemma_pack.reports.card import has_chat_template
     from gemma_pack.vllm import find_vllm, serving
@@ -65,6 +65,7 @@ def command(
     if not directory.is_dir():
         directory, repository = _pull(model, plain_http=plain_http, ca_file=ca_file, console=console)
         called = name or repository
+    require_servable(read_json(directory / "config.json"), model)
     chat = has_chat_template(directory)
     arguments = ["--dtype=bfloat16", f"--served-model-name={called}", *vllm_options]
     with tempfile.TemporaryDirectory(prefix="gemma-pack-serve-") as private:
@@ -72,26 +73,25 @@ def command(
         console.status(f"starting vLLM on {directory}; its log: {log}")
         with serving(python, directory, arguments, host=host, port=port, log=log) as server:
             call = curl_of(called, server.base_url, chat=chat)
-            data = {"base_url": f"{server.base_url}/v1", "model": called, "directory": str(directory), "call": call}
-            console.result(data, call)
-            console.status(f"healthy after {server.start_seconds:.0f} s at {server.base_url}/v1; Ctrl-C stops it")
-            _wait(server, console)
+            data = {"base_url": f"{server.base_url}/v1", "model": called, "directory": str(directory)}
+            try:
+                console.result({**data, "call": call, "log": str(log)}, call)
+                console.status(f"healthy after {server.start_seconds:.0f} s at {server.base_url}/v1; Ctrl-C stops it")
+                _wait(server)
+            except KeyboardInterrupt:  # which is how a server is meant to end
+                console.status("stopping")
 
 
-def _wait(server: VllmServer, console: Console) -> None:
-    """Wait until Ctrl-C, which is how a server is meant to end.
+def _wait(server: VllmServer) -> None:
+    """Wait as long as the server lives.
 
     Raises:
         GemmaPackError: the server ended by itself.
     """
     from gemma_pack.vllm import last_lines
 
-    try:
-        while server.process.poll() is None:
-            time.sleep(0.2)
-    except KeyboardInterrupt:
-        console.status("stopping")
-        return
+    while server.process.poll() is None:
+        time.sleep(0.2)
     raise GemmaPackError(f"vLLM ended with exit code {server.process.returncode}:\n{last_lines(server.log)}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from gemma_pack.deploy.vllm import vllm_bundle
 from gemma_pack.record import read_record
 from tests.oci.registry import running_registry
 from tests.real.vllm_server import AskedServer, serving
+from tests.tiny import CHAT_TEMPLATE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -106,9 +108,12 @@ def pulled_variant(demo_build: Built) -> Path:
 
 
 @pytest.fixture(scope="session")
-def served_directory(pulled_variant: Path) -> Path:
-    """Return the directory that the server loads: straight from what `pull` wrote."""
-    return pulled_variant
+def served_directory(pulled_variant: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory that the server loads: what `pull` wrote, and Gemma's chat template, which a base lacks."""
+    directory = tmp_path_factory.mktemp("served") / "gemma"
+    shutil.copytree(pulled_variant, directory, copy_function=os.link)
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
+    return directory
 
 
 @pytest.fixture(scope="session")
@@ -120,6 +125,7 @@ def deployed(served_directory: Path) -> dict[str, str]:
         size_bytes=sum(path.stat().st_size for path in served_directory.iterdir()),
         record=read_record(served_directory),
         config=json.loads((served_directory / "config.json").read_text("utf-8")),
+        answers_chat=True,
     )
     resources = plan_resources(image, Demand(max_model_len=MAX_MODEL_LEN))
     return {file.name: file.text for file in vllm_bundle(image, resources, Options(name="gemma")).files}
@@ -129,9 +135,9 @@ def deployed(served_directory: Path) -> dict[str, str]:
 def vllm_server(
     served_directory: Path, deployed: dict[str, str], vllm_python: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[AskedServer]:
-    """Return vLLM's server with that directory loaded, started with the options that `deploy` wrote."""
-    log = tmp_path_factory.mktemp("vllm") / "server.log"
+    """Return what `gemma-pack serve` started on that directory, with the options that `deploy` wrote."""
+    errors = tmp_path_factory.mktemp("serve") / "stderr"
     [line] = [line for line in deployed["serve.sh"].replace("\\\n", " ").splitlines() if "vllm serve" in line]
     arguments = shlex.split(line)[4:]  # after: exec vllm serve "$directory"
-    with serving(served_directory, arguments, python=vllm_python, log=log) as server:
+    with serving(served_directory, arguments, python=vllm_python, errors=errors) as server:
         yield server

@@ -1,12 +1,18 @@
-"""vLLM's own server on loopback, for one model directory, as the tests ask it.
+"""`gemma-pack serve` on loopback with vLLM's CPU build, for one model directory, as the tests ask it.
 
 Three processes import torch one after another, which is most of a start; the flags keep the rest short.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import httpx
@@ -15,9 +21,9 @@ from gemma_pack import vllm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 START_SECONDS: Final = 240
+STOP_SECONDS: Final = 60
 KV_CACHE_GB: Final = 1
 MAX_BATCHED_TOKENS: Final = 1024
 
@@ -29,14 +35,16 @@ class AskedServer:
     Attributes:
         base_url: `http://127.0.0.1:port`, without a path.
         model: what clients call the model.
-        log: what it wrote so far.
-        start_seconds: from the start of the process to the first healthy answer.
+        log: what vLLM wrote so far.
+        call: the line for a shell that was printed when it was healthy.
+        process: that of gemma-pack.
     """
 
     base_url: str
     model: str
     log: Path
-    start_seconds: float
+    call: str
+    process: subprocess.Popen[str]
 
     def complete(self, prompt: str, **settings: Any) -> dict[str, Any]:
         """Return the answer of /v1/completions, greedy unless `settings` say otherwise."""
@@ -46,28 +54,83 @@ class AskedServer:
         parsed: dict[str, Any] = answer.json()
         return parsed
 
+    def interrupt(self) -> int:
+        """Press Ctrl-C and return the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        return self.process.wait(timeout=STOP_SECONDS)
+
 
 @contextmanager
-def serving(directory: Path, arguments: list[str], *, python: Path, log: Path) -> Iterator[AskedServer]:
+def serving(directory: Path, arguments: list[str], *, python: Path, errors: Path) -> Iterator[AskedServer]:
     """Serve the checkpoint in `directory` until the block ends.
 
     Args:
         directory: holds config, weights and tokenizer.
         arguments: of `vllm serve`, as a deployment passes them, `--served-model-name` among them.
         python: of an environment that has vLLM.
-        log: file that gets the server's output.
+        errors: file that gets what gemma-pack writes to stderr.
     """
+    [model] = [argument.partition("=")[2] for argument in arguments if argument.startswith("--served-model-name=")]
+    ours = ["serve", str(directory), "--name", model, "--port", str(vllm.free_port()), "--format", "json"]
     quick = [
         "--enforce-eager",  # compiling would take minutes
         "--max-num-seqs=2",
         f"--max-num-batched-tokens={MAX_BATCHED_TOKENS}",
     ]
-    environment = server_environment(python)
-    with vllm.serving(
-        python, directory, [*arguments, *quick], log=log, environment=environment, start_seconds=START_SECONDS
-    ) as server:
-        [model] = [argument.partition("=")[2] for argument in arguments if argument.startswith("--served-model-name=")]
-        yield AskedServer(base_url=server.base_url, model=model, log=log, start_seconds=server.start_seconds)
+    with (
+        errors.open("wb") as stderr,
+        subprocess.Popen(
+            [sys.executable, "-m", "gemma_pack", *ours, "--", *arguments, *quick],
+            env={**server_environment(python), vllm.VARIABLE: str(python)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdout
+        told = "".join(iter(process.stdout.readline, "}\n"))
+        assert told, errors.read_text("utf-8")
+        result = json.loads(told + "}")
+        server = AskedServer(
+            base_url=result["base_url"].removesuffix("/v1"),
+            model=result["model"],
+            log=Path(result["log"]),
+            call=result["call"],
+            process=process,
+        )
+        try:
+            yield server
+        finally:
+            server.interrupt()
+
+
+def descendants(pid: int) -> set[int]:
+    """Return the processes that `pid` started, and those that they started."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text("utf-8").rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        children.setdefault(parent, []).append(int(stat.parent.name))
+    found: set[int] = set()
+    waiting = [pid]
+    while waiting:
+        new = children.get(waiting.pop(), [])
+        found |= set(new)
+        waiting += new
+    return found
+
+
+def runs(pid: int) -> bool:
+    """Whether the process is there and not merely waiting to be reaped."""
+    try:
+        os.kill(pid, 0)
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text("utf-8")
+    except (ProcessLookupError, FileNotFoundError):
+        return False
 
 
 def server_environment(python: Path) -> dict[str, str]:

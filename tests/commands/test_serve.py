@@ -1,0 +1,185 @@
+"""`gemma-pack serve` with a stand-in for vLLM: what it starts, prints and stops, and what it refuses before."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gemma_pack.console import Console
+from gemma_pack.oci.push import push
+from tests.real.vllm_server import descendants, runs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.oci.registry import Registry
+
+VLLM = """\
+#!{python}
+import http.server, json, os, signal, subprocess, sys
+told = dict(argument.removeprefix("--").partition("=")[::2] for argument in sys.argv[3:])
+print(json.dumps({{"module": sys.argv[1:3], "told": told, "offline": os.environ["HF_HUB_OFFLINE"]}}), flush=True)
+children = []
+def end(*_):
+    for child in children:
+        child.terminate()
+        child.wait()
+    os._exit(0)
+signal.signal(signal.SIGTERM, end)
+children.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response({status})
+        self.end_headers()
+    def log_message(self, *args): ...
+http.server.HTTPServer((told["host"], int(told["port"])), Healthy).serve_forever()
+"""
+
+
+@pytest.fixture
+def vllm(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that makes a Python whose vLLM answers /health with a status."""
+
+    def make(status: int = 200) -> Path:
+        path = tmp_path / "python"
+        path.write_text(VLLM.format(python=sys.executable, status=status), "utf-8")
+        path.chmod(0o755)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def start(tmp_path: Path, free_port: int) -> Callable[..., subprocess.Popen[str]]:
+    """Return a function that starts `gemma-pack serve` on a free port."""
+
+    def serve(*arguments: str, python: Path | None = None) -> subprocess.Popen[str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("GEMMA_PACK_")}
+        environment = {**kept, "GEMMA_PACK_CACHE": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
+        environment |= {"GEMMA_PACK_VLLM": str(python)} if python else {"PATH": str(tmp_path)}
+        command = [sys.executable, "-m", "gemma_pack", "serve", "--port", str(free_port), *arguments]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return serve
+
+
+def interrupt(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Press Ctrl-C; return the exit code and what was said on stderr, and check that nothing still runs."""
+    started = descendants(process.pid)
+    assert len(started) >= 2
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert not [pid for pid in started if runs(pid)]
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_directory_is_served_until_ctrl_c(
+    raw_checkpoint: Callable[..., Path],
+    vllm: Callable[..., Path],
+    start: Callable[..., subprocess.Popen[str]],
+    free_port: int,
+    *,
+    chat: bool,
+) -> None:
+    directory = raw_checkpoint("gemma")
+    if not chat:
+        (directory / "chat_template.jinja").unlink()
+    process = start(str(directory), "--", "--max-model-len=4096", python=vllm())
+    assert process.stdout
+    assert process.stderr
+    log = process.stderr.readline().rstrip("\n").rpartition("its log: ")[2]
+    call = shlex.split(process.stdout.readline())
+    with open(log, encoding="utf-8") as written:  # noqa: PTH123 - a line of a log that goes on
+        started = json.loads(written.readline())
+    assert started["module"] == ["-m", "vllm.entrypoints.openai.api_server"]
+    assert started["told"] == {
+        "model": str(directory), "host": "127.0.0.1", "port": str(free_port), "dtype": "bfloat16",
+        "served-model-name": "gemma", "max-model-len": "4096",
+    }  # fmt: skip
+    assert started["offline"] == "1"
+    assert call[:2] == ["curl", f"http://127.0.0.1:{free_port}/v1/{'chat/' if chat else ''}completions"]
+    assert json.loads(call[-1])["model"] == "gemma"
+    assert "healthy after" in process.stderr.readline()
+    code, errors = interrupt(process)
+    assert (code, errors) == (0, "stopping\n")
+    assert not os.path.exists(log)  # noqa: PTH110 - a string
+
+
+def test_ctrl_c_ends_the_wait_for_a_server(
+    raw_checkpoint: Callable[..., Path], vllm: Callable[..., Path], start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = start(str(raw_checkpoint("gemma")), python=vllm(503))
+    assert process.stderr
+    log = process.stderr.readline().rstrip("\n").rpartition("its log: ")[2]
+    while len(descendants(process.pid)) < 2:
+        time.sleep(0.01)
+    code, errors = interrupt(process)
+    assert code == 130
+    assert errors.strip().startswith("interrupted")
+    assert not os.path.exists(log)  # noqa: PTH110 - a string
+
+
+def test_an_image_is_pulled_once_and_served(
+    registry: Registry,
+    raw_checkpoint: Callable[..., Path],
+    vllm: Callable[..., Path],
+    start: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
+) -> None:
+    pushed = push(raw_checkpoint("gemma"), f"{registry.host}/team/poet:1.0", reporter=Console("quiet"))
+    places = []
+    for _ in range(2):
+        process = start(pushed.reference, "--format", "json", python=vllm())
+        assert process.stdout
+        told = json.loads("".join(iter(process.stdout.readline, "}\n")) + "}")
+        assert told["model"] == "poet"
+        places.append((told["directory"], os.stat(told["directory"]).st_ino))  # noqa: PTH116 - a string
+        assert interrupt(process)[0] == 0
+    assert places[0] == places[1]
+    assert places[0][0] == str(tmp_path / "cache/images" / pushed.digest.replace(":", "-"))
+
+
+def test_without_vllm_it_says_how_to_get_one(
+    raw_checkpoint: Callable[..., Path], start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = start(str(raw_checkpoint("gemma")))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 12
+    assert errors.startswith("error: there is no vLLM here\nhint: python -m venv vllm && vllm/bin/pip install vllm")
+    assert "export GEMMA_PACK_VLLM=" in errors
+
+
+def test_a_port_that_is_taken_is_refused(
+    raw_checkpoint: Callable[..., Path],
+    vllm: Callable[..., Path],
+    start: Callable[..., subprocess.Popen[str]],
+    free_port: int,
+) -> None:
+    with socket.create_server(("127.0.0.1", free_port)):
+        process = start(str(raw_checkpoint("gemma")), python=vllm())
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 12
+    assert output == ""
+    assert f"error: 127.0.0.1 port {free_port} cannot be listened on: Address already in use" in errors
+    assert "hint: choose another with --port" in errors
+
+
+def test_what_vllm_does_not_load_is_refused_before_it_starts(
+    raw_checkpoint: Callable[..., Path], vllm: Callable[..., Path], start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    config = {"model_type": "gemma3_text", "quantization_config": {"quant_method": "bitsandbytes"}}
+    process = start(str(raw_checkpoint("gemma", files={"config.json": json.dumps(config)})), python=vllm())
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "is in bitsandbytes' format, which vLLM dropped" in errors
