@@ -27,6 +27,15 @@ if TYPE_CHECKING:
     from tests.tiny import Family
 
 
+RECIPE = """\
+name: tiny
+summary: for tests
+scheme: {scheme}
+{group_size}algorithm: nearest
+gate: [{{kl_nats: 1}}]
+"""
+
+
 @pytest.fixture(scope="session")
 def tool() -> Callable[[str], str]:
     """Return the path of a system tool; skip the test where it is missing, or fail under CI=true."""
@@ -107,6 +116,35 @@ def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Fami
 def tiny_checkpoint(tiny_checkpoints: Callable[[Family], Path]) -> Path:
     """Return the directory of a tiny random Gemma 3; copy it before changing it."""
     return tiny_checkpoints("gemma3_text")
+
+
+@pytest.fixture(scope="session")
+def tiny_variants(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that quantizes the tiny Gemma 3 to a scheme, once a session, rounded to nearest."""
+    from gemma_pack.checkpoint import Checkpoint
+    from gemma_pack.console import Console
+    from gemma_pack.quantization.variant import Job, quantize
+    from gemma_pack.recipe import parse_recipe
+    from gemma_pack.sources.directory import check_directory
+
+    directory = tmp_path_factory.mktemp("variants")
+
+    def make(scheme: str) -> Path:
+        target = directory / scheme.lower()
+        if target.is_dir():
+            return target
+        text = RECIPE.format(scheme=scheme, group_size="group_size: 64\n" if scheme == "W4A16" else "")
+        job = Job(
+            base=Checkpoint.open(tiny_checkpoint),
+            source=check_directory(tiny_checkpoint, Console("quiet")),
+            recipe=parse_recipe(text, origin="tiny.yaml"),
+            recipe_text=text,
+            windows=None,
+            device="cpu",
+        )
+        return quantize(job, target, Console("quiet")).directory
+
+    return make
 
 
 @pytest.fixture(scope="session")

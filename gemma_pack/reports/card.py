@@ -147,7 +147,9 @@ def _is_on_hub(record: Record) -> bool:
 def _tags(record: Record, model_type: str) -> list[str]:
     quantization = record.quantization
     family = "gemma" + "".join(character for character in model_type if character.isdigit())[:1]
-    tags = ["gemma", family, "vllm", "gemma-pack"]
+    tags = ["gemma", family, "gemma-pack"]
     if quantization:
+        if quantization.format == "compressed-tensors":
+            tags.insert(2, "vllm")
         tags += [quantization.recipe, quantization.format, quantization.algorithm, quantization.scheme.split()[0]]
     return list(dict.fromkeys(tags))

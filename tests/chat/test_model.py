@@ -162,9 +162,9 @@ def test_the_int4_kernel_multiplies_what_the_codes_say(group_size: int, tokens: 
     ("scheme", "kept"), [("W4A16", Int4Linear), ("W8A16", UnpackedEachTime), ("W8A8", UnpackedEachTime)]
 )
 def test_a_packed_variant_says_what_the_unpacked_one_says(
-    make_variant: Callable[[str], Path], scheme: str, kept: type
+    tiny_variants: Callable[[str], Path], scheme: str, kept: type
 ) -> None:
-    directory = make_variant(scheme)
+    directory = tiny_variants(scheme)
     packed, unpacked = speaker(directory, "memory"), speaker(directory, "exact")
     assert type(packed._module.model.layers[0].mlp.up_proj) is kept
     assert type(unpacked._module.model.layers[0].mlp.up_proj) is torch.nn.Linear

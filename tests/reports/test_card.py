@@ -59,6 +59,18 @@ def test_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
     assert {"gemma2", "w4a16", "int4", "compressed-tensors", "vllm"} <= set(matter["tags"])
 
 
+def test_the_hubs_own_reader_reads_it(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    record = quantized_record().model_copy(update={"validation": validation_record()})
+    text = render_card(write_variant(tmp_path, record))
+    card = ModelCard(text)
+    assert card.data.base_model == "google/gemma-2-9b-it"
+    assert card.data.license == "gemma"
+    assert card.data.to_dict() == front_matter(text)
+    assert card.text.strip().startswith("# gemma-2-9b-it-quantized.w4a16")
+
+
 def test_front_matter_is_what_the_catalog_reads(tmp_path: Path) -> None:
     record = quantized_record()
     matter = front_matter(render_card(write_variant(tmp_path, record)))
