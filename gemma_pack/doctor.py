@@ -35,6 +35,7 @@ TOOLS: Final = {
     "skopeo": "deploy --target rhelai, and a second opinion on images",
     "kubectl": "deploy --target kserve",
 }
+VLLM_SERVES: Final = "serve, deploy --target vllm and validate --engine vllm"
 BF16_BYTES: Final = 2
 DEMO_DISK_BYTES: Final = 2_000_000_000
 """The demo's base, variant and image take 1.2 GB, and 0.3 GB more while the base is made."""
@@ -160,12 +161,13 @@ def _driver(gpus: Sequence[Gpu]) -> list[Finding]:
 
 
 def _recipes(gpus: Sequence[Gpu]) -> list[Finding]:
-    """Hold the GPUs against what each shipped recipe needs to be served."""
+    """Hold the GPUs against what each shipped recipe needs to be served; vLLM does not load those of bitsandbytes."""
     from gemma_pack.recipe import load_recipe, shipped_names
 
+    recipes = {name: load_recipe(name) for name in shipped_names()}
+    schemes = {name: recipe.scheme for name, recipe in recipes.items() if not recipe.for_bitsandbytes}
     if not gpus:
-        return []
-    schemes = {name: load_recipe(name).scheme for name in shipped_names()}
+        return [Finding(subject="recipes", state="ok", text=_floors(schemes))]
     fine = [name for name, scheme in schemes.items() if all(gpu.runs_natively(scheme) for gpu in gpus)]
     findings = [Finding(subject="recipes", state="ok", text=f"served natively here: {', '.join(fine) or 'none'}")]
     for name in (name for name in schemes if name not in fine):
@@ -176,6 +178,15 @@ def _recipes(gpus: Sequence[Gpu]) -> list[Finding]:
         remedy = "serve it on a newer GPU, or choose w4a16 or w8a8" if unpacked else "serve it on Ampere or later"
         findings.append(Finding(subject=f"recipe {name}", state="limited", text=text, remedy=remedy))
     return findings
+
+
+def _floors(schemes: Mapping[str, str]) -> str:
+    """Say which compute capability serves which recipes natively; `schemes` are theirs by name."""
+    names: dict[tuple[int, int], list[str]] = {}
+    for name, scheme in schemes.items():
+        names.setdefault(NATIVE_FROM[scheme], []).append(name)
+    floors = (f"{written(floor)} for {', '.join(names[floor])}" for floor in sorted(names))
+    return f"compute capability that serves them natively: {'; '.join(floors)}"
 
 
 def _torch_build(*, has_gpu: bool) -> list[Finding]:
@@ -270,12 +281,13 @@ def _vllm(environ: Mapping[str, str]) -> Finding:
         return Finding(subject="vLLM", state="limited", text=text, remedy=remedy)
     found = given or shutil.which("vllm")
     if found:
-        return Finding(subject="vLLM", state="ok", text=f"there, for deploy --target vllm: {found}")
+        return Finding(subject="vLLM", state="ok", text=f"there, for {VLLM_SERVES}: {found}")
     return Finding(
         subject="vLLM",
         state="limited",
-        text="missing, for deploy --target vllm",
-        remedy="install it into an environment of its own: python -m venv vllm && vllm/bin/pip install vllm",
+        text=f"missing, for {VLLM_SERVES}",
+        remedy="install it into an environment of its own: python -m venv vllm && vllm/bin/pip install vllm && "
+        "export GEMMA_PACK_VLLM=$PWD/vllm/bin/python",
     )
 
 

@@ -10,9 +10,13 @@ import click
 from gemma_pack.commands.options import with_console
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gemma_pack.console import Console
     from gemma_pack.doctor import Finding
+    from gemma_pack.planning.findings import PlanFinding
 
+COLUMNS: Final = 80
 MARKS: Final = {"ok": "✓", "limited": "!", "broken": "✗"}
 
 
@@ -43,17 +47,27 @@ def command(*, console: Console) -> None:
     except AccessError as error:  # a finding like any other
         registries = error
     findings = examine(Path.cwd(), registries)
-    console.result({"findings": [asdict(finding) for finding in findings]}, _text(findings))
+    console.result({"findings": [asdict(finding) for finding in findings]}, "\n".join(finding_lines(findings)))
     broken = [finding.subject for finding in findings if finding.state == "broken"]
     if broken:
         raise MachineError(f"gemma-pack cannot work here as it is: {', '.join(broken)}", hint="see the remedies above")
 
 
-def _text(findings: list[Finding]) -> str:
+def finding_lines(findings: Sequence[Finding | PlanFinding]) -> list[str]:
+    """Return what was found and the remedies, in lines of 80 columns; a longer word, such as a URL, stays whole."""
     width = max(len(finding.subject) for finding in findings)
     lines = []
     for finding in findings:
-        lines.append(f"{MARKS[finding.state]} {finding.subject.ljust(width)}  {finding.text}")
+        lines += _wrapped(f"{MARKS[finding.state]} {finding.subject.ljust(width)}  ", finding.text)
         if finding.remedy:
-            lines.append(f"  {' ' * width}  → {finding.remedy}")
-    return "\n".join(lines)
+            lines += _wrapped(f"  {' ' * width}  → ", finding.remedy)
+    return lines
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    import textwrap
+
+    rest = " " * len(head)
+    return textwrap.wrap(
+        text, COLUMNS, initial_indent=head, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )

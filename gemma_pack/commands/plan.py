@@ -78,7 +78,7 @@ def command(
 
 
 def _text(plan: Plan) -> str:
-    from gemma_pack.commands.doctor import MARKS
+    from gemma_pack.commands.doctor import finding_lines
     from gemma_pack.console import format_bytes, table
 
     share = f"{100 * plan.variant_bytes / plan.base_bytes:.1f} %"
@@ -105,15 +105,4 @@ def _text(plan: Plan) -> str:
         table(layers, header=["layer", "size", "registry" if plan.missing_bytes is not None else ""]),
         "",
     ]
-    width = max(len(finding.subject) for finding in plan.findings)
-    for finding in plan.findings:
-        lines += _wrapped(f"{MARKS[finding.state]} {finding.subject.ljust(width)}  ", finding.text)
-        if finding.remedy:
-            lines += _wrapped(f"  {' ' * width}  → ", finding.remedy)
-    return "\n".join(lines)
-
-
-def _wrapped(head: str, text: str) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, 80, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False)
+    return "\n".join([*lines, *finding_lines(plan.findings)])
