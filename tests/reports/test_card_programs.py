@@ -36,8 +36,8 @@ for name, options in variables["PRECISIONS"].items():
     layer = model.model.layers[0].mlp.up_proj
     print(name, type(layer).__name__, str(layer.weight.dtype).removeprefix("torch."))
 """
-SCHEMES = ("W4A16", "W8A16", "W8A8", "FP8_DYNAMIC", "BNB_INT8", "BNB_NF4")
-"""Those that need no text; the others differ from one of these in how a scale is found, not in how it is loaded."""
+SCHEMES = ("W4A16", "FP8_DYNAMIC", "BNB_NF4")
+"""One of each kind: integers, floats, bitsandbytes. Each scheme is loaded by the tests of quantizing."""
 ILAB = {
     "download": {"--repository", "--release"},
     "serve": {"--model-path", "--backend", "--gpus", "--chat-template"},
