@@ -16,7 +16,7 @@ import pytest
 
 from gemma_pack.console import Console
 from gemma_pack.oci.push import push
-from tests.real.vllm_server import descendants, runs
+from tests.real.vllm_server import descendants, read_result, runs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,8 +141,8 @@ def test_an_image_is_pulled_once_and_served(
     places = []
     for _ in range(2):
         process = start(pushed.reference, "--format", "json", python=vllm())
-        assert process.stdout
-        told = json.loads("".join(iter(process.stdout.readline, "}\n")) + "}")
+        told = read_result(process)
+        assert told
         assert told["model"] == "poet"
         places.append((told["directory"], os.stat(told["directory"]).st_ino))  # noqa: PTH116 - a string
         assert interrupt(process)[0] == 0

@@ -89,10 +89,8 @@ def serving(directory: Path, arguments: list[str], *, python: Path, errors: Path
             text=True,
         ) as process,
     ):
-        assert process.stdout
-        told = "".join(iter(process.stdout.readline, "}\n"))
-        assert told, errors.read_text("utf-8")
-        result = json.loads(told + "}")
+        result = read_result(process)
+        assert result, errors.read_text("utf-8")
         server = AskedServer(
             base_url=result["base_url"].removesuffix("/v1"),
             model=result["model"],
@@ -104,6 +102,17 @@ def serving(directory: Path, arguments: list[str], *, python: Path, errors: Path
             yield server
         finally:
             server.interrupt()
+
+
+def read_result(process: subprocess.Popen[str]) -> dict[str, Any] | None:
+    """Return the JSON object that a process prints and goes on after; None if it ends before."""
+    told = ""
+    for line in process.stdout or ():
+        told += line
+        if line == "}\n":
+            result: dict[str, Any] = json.loads(told)
+            return result
+    return None
 
 
 def descendants(pid: int) -> set[int]:
