@@ -47,7 +47,6 @@ class Demand:
 
     memory_bytes: int
     gpus: int
-    cpus: int = 1
 
     def fits(self, node: dict[str, Any]) -> bool:
         """Say whether a node of the cluster has that much, busy or not."""
