@@ -1,9 +1,9 @@
 """Who takes part in bench/transfer.py, and with which commands: each at its best settings for uncompressed weights.
 
 buildah and podman get the overlay driver, which copies least, and the project's Containerfile, with a layer for every
-few shards. Podman 4 can only push gzipped layers. olot writes into a copy of the same base image that gemma-pack takes;
-skopeo then gets --preserve-digests, without which it would gzip the weights. oci-modelcar's image has no base, so
-KServe's modelcar mode does not start it, and oras-py's artifact is no image at all.
+few shards. Podman 4 can only push gzipped layers. olot writes into a copy of the same base image that gemma-pack takes.
+skopeo gets --preserve-digests in both directions, without which it gzips the weights. oci-modelcar's image has no base,
+so KServe's modelcar mode does not start it, and oras-py's artifact is no image at all.
 """
 
 from __future__ import annotations
@@ -110,9 +110,10 @@ def pull_skopeo(place: Place) -> Steps:
     """Skopeo into a layout, then every layer through tar."""
     layout = place.scratch / "layout"
     return [
-        ["skopeo", "copy", "--quiet", "--src-tls-verify=false", f"docker://{place.reference}", f"oci:{layout}:latest"],
+        ["skopeo", "copy", "--quiet", "--preserve-digests", "--src-tls-verify=false", f"docker://{place.reference}",
+         f"oci:{layout}:latest"],
         [sys.executable, "-c", _UNPACK, layout, place.scratch / "model"],
-    ]
+    ]  # fmt: skip
 
 
 _UNPACK = """
