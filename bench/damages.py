@@ -3,7 +3,7 @@
     python bench/damages.py BASE FP8 W4A16 WORK
 
 plants each damage in the two variants of BASE and writes what caught what, with figures, to bench/results/damages.json:
-what the weights alone must show is audited, the rest is validated (32 windows of 256 tokens) in the directory WORK.
+what the weights alone must show is audited, the rest is validated (32 windows of 128 tokens) in the directory WORK.
 The functions change the tensors of a quantized checkpoint, given by name, in place; the tests use them, too.
 """
 
@@ -151,7 +151,7 @@ def judge(base: Path, variant: Path, work: Path) -> Report:
     from gemma_pack.console import Console
     from gemma_pack.evaluation.profiles import PROFILES, Profile
 
-    PROFILES["damages"] = Profile("damages", windows=32, sequence_length=256, prompts=2, answer_tokens=4)
+    PROFILES["damages"] = Profile("damages", windows=32, sequence_length=128, prompts=2, answer_tokens=4)
     return validate_variant(
         variant,
         work / "report",
