@@ -4,8 +4,8 @@
 
 The same text, cut alike, on the same machine in the same run. The harness scores one model (`HFLM`, its
 `loglikelihood_rolling`, as its wikitext task does) in bf16, with the better of two batch sizes; ours scores two models
-and the divergence of the whole vocabulary. Loading is left out of both. Each contender has a process of its own;
-peak memory is what it grew by over what loading left.
+and the divergence of the whole vocabulary. Loading is left out of both. Each contender has a process of its own. What
+memory scoring takes beside the models is bounded by a test (tests/real/test_validation.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,11 +26,6 @@ from gemma_pack.console import table
 
 RESULTS = Path(__file__).parent / "results" / "scoring.json"
 VERSIONS = ("torch", "transformers", "lm-eval")
-
-
-def peak_bytes() -> int:
-    """Return the largest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def text_of(base: Path, windows: int, length: int) -> tuple[str, int]:
@@ -46,25 +40,24 @@ def text_of(base: Path, windows: int, length: int) -> tuple[str, int]:
 
 
 def time_harness(base: Path, text: str, length: int, batch: int, repeats: int) -> dict[str, object]:
-    """Return seconds of each repeat, and memory, of the harness's rolling perplexity."""
+    """Return seconds of each repeat of the harness's rolling perplexity."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     lm = HFLM(
         pretrained=str(base), dtype="bfloat16", batch_size=batch, max_length=length, add_bos_token=False, device="cpu"
     )
-    before = peak_bytes()
     request = Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
     seconds, nll = [], 0.0
     for _ in range(repeats):
         begin = time.monotonic()
         [nll] = lm.loglikelihood_rolling([request], disable_tqdm=True)
         seconds.append(time.monotonic() - begin)
-    return {"seconds": seconds, "grew_bytes": peak_bytes() - before, "nll": -nll}
+    return {"seconds": seconds, "nll": -nll}
 
 
 def time_ours(base: Path, variant: Path, text: str, length: int, repeats: int) -> dict[str, object]:
-    """Return seconds of each repeat, and memory, of scoring both models with KL on the same tokens."""
+    """Return seconds of each repeat of scoring both models with KL on the same tokens."""
     import numpy as np
 
     from gemma_pack.console import Console
@@ -77,7 +70,6 @@ def time_ours(base: Path, variant: Path, text: str, length: int, repeats: int) -
     ids = ids[: len(ids) // (length - 1) * (length - 1)].reshape(-1, length - 1)
     windows = np.concatenate([np.full((len(ids), 1), bos, np.int32), ids], axis=1)
     models = load(base, "base", "cpu"), load(variant, "variant", "cpu")
-    before = peak_bytes()
     seconds, nll, kl = [], 0.0, 0.0
     for _ in range(repeats):
         begin = time.monotonic()
@@ -85,7 +77,7 @@ def time_ours(base: Path, variant: Path, text: str, length: int, repeats: int) -
         seconds.append(time.monotonic() - begin)
         nll, kl = float(scores.nll_base.sum(dtype=np.float64)), float(scores.kl_nats.mean())
     return {
-        "seconds": seconds, "grew_bytes": peak_bytes() - before, "nll": nll, "kl_nats": kl, "tokens": ids.size,
+        "seconds": seconds, "nll": nll, "kl_nats": kl, "tokens": ids.size,
     }  # fmt: skip
 
 
@@ -128,11 +120,10 @@ def main() -> None:
     for row in rows:
         row["tokens_per_second"] = [row["tokens"] / second for second in row["seconds"]]  # type: ignore[operator,attr-defined]
         row["median_tokens_per_second"] = statistics.median(row["tokens_per_second"])  # type: ignore[type-var]
-    header = ["contender", "models", "tokens", "tokens/s", "least", "most", "grew MB"]
+    header = ["contender", "models", "tokens", "tokens/s", "least", "most"]
     print(table([
         [str(row["contender"]), str(row["models"]), str(row["tokens"]), f"{row['median_tokens_per_second']:.0f}",
-         f"{min(row['tokens_per_second']):.0f}", f"{max(row['tokens_per_second']):.0f}",  # type: ignore[call-overload]
-         f"{row['grew_bytes'] / 1e6:.0f}"]  # type: ignore[operator]
+         f"{min(row['tokens_per_second']):.0f}", f"{max(row['tokens_per_second']):.0f}"]  # type: ignore[call-overload]
         for row in rows
     ], header=header))  # fmt: skip
     made = {
