@@ -52,7 +52,8 @@ def texts() -> dict[str, str]:
         for path in (*ROOT.glob("*.*"), *(inner for name in ours for inner in (ROOT / name).rglob("*")))
         if path.is_file() and "__pycache__" not in path.parts
     ]
-    return {name: (ROOT / name).read_text("utf-8") for name in names if (ROOT / name).is_file()}
+    text = [name for name in names if (ROOT / name).is_file() and not name.endswith(".png")]
+    return {name: (ROOT / name).read_text("utf-8") for name in text}
 
 
 def lines_with(pattern: str, *, but: tuple[str, ...] = ()) -> list[str]:
