@@ -131,7 +131,9 @@ def _open_file(path: Path) -> Prose | Chats:
     except FileNotFoundError as error:
         raise TextError(f"there is no file {path}", hint="check the path, or use builtin") from error
     except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from error
+        raise TextError(
+            f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}", hint="save it as UTF-8"
+        ) from error
     if path.suffix == ".txt":
         return Prose(path.name, [text] if text.strip() else [])
     rows = [_parse_line(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -148,7 +150,9 @@ def _parse_line(path: Path, number: int, line: str) -> str | list[dict[str, str]
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise TextError(f"{path}:{number}: not JSON: {error}") from error
+        raise TextError(
+            f"{path}:{number}: not JSON: {error}", hint='write a line as {"text": "…"}, or name the file .txt'
+        ) from error
     if isinstance(row, dict):
         text, messages = row.get("text"), row.get("messages")
         if isinstance(text, str):
@@ -205,7 +209,10 @@ def _open_dataset(spec: _HubSpec, split: str, *, offline: bool, instead: str) ->
     if "text" in dataset.column_names:
         return Prose(origin, (row["text"] for row in dataset))
     columns = ", ".join(dataset.column_names)
-    raise TextError(f"the dataset {spec.title} has neither a text nor a messages column; it has {columns}")
+    raise TextError(
+        f"the dataset {spec.title} has neither a text nor a messages column; it has {columns}",
+        hint="use another dataset, or write its text into a .txt file",
+    )
 
 
 def _cached_commit(dataset: Any) -> str | None:  # noqa: ANN401 - a datasets.Dataset

@@ -33,5 +33,7 @@ def load_tokenizer(directory: Path) -> tuple[Tokenizer, int]:
     tokenizer.no_padding()
     bos = tokenizer.token_to_id(BOS)
     if bos is None:
-        raise CheckpointError(f"{path} has no {BOS}: it is not Gemma's tokenizer")
+        raise CheckpointError(
+            f"{path} has no {BOS}: it is not Gemma's tokenizer", hint="copy the model's own tokenizer files"
+        )
     return tokenizer, bos

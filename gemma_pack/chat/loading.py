@@ -66,7 +66,10 @@ def load_module(checkpoint: Checkpoint, plan: Plan, offload: Path) -> Any:  # no
         raise MachineError(f"the model does not fit on {plan.device}", hint=hint) from error
     except (ValueError, RuntimeError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"transformers cannot load {checkpoint.directory}: {reason}") from error
+        raise CheckpointError(
+            f"transformers cannot load {checkpoint.directory}: {reason}",
+            hint="gemma-pack doctor shows whether the versions fit",
+        ) from error
     return _finished(module.eval(), plan, packed=compressed and plan.precision == "packed")
 
 

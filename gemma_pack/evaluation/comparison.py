@@ -67,7 +67,10 @@ def _require_pair(old: Report, new: Report) -> None:
             hint="validate both with the same --text, --profile and --seed",
         )
     if not same_base:
-        raise InvalidUsageError(f"the two reports have different bases: {old.base.model_id} and {new.base.model_id}")
+        raise InvalidUsageError(
+            f"the two reports have different bases: {old.base.model_id} and {new.base.model_id}",
+            hint="compare variants of one base",
+        )
     if len(old.windows) < MINIMUM_WINDOWS:
         raise InvalidUsageError(
             f"{len(old.windows)} windows are too few to show a change", hint="validate both with --profile quick"

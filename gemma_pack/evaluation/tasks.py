@@ -306,7 +306,10 @@ def _load(wanted: _Wanted, *, offline: bool) -> dict[str, Any]:
             hint="lm-eval ls tasks lists them; or give the path of a YAML file",
         ) from error
     except ConnectionError as error:
-        raise OfflineError(f"the data of {wanted.name} is out of reach and not in the cache") from error
+        raise OfflineError(
+            f"the data of {wanted.name} is out of reach and not in the cache",
+            hint="run it once with the network, or name a YAML file of your own",
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         kind = AccessError if "gated" in reason else SourceError

@@ -177,7 +177,10 @@ def _from_helper(name: Any, reference: Reference, path: Path) -> Credentials | N
             [program, "get"], input=server.encode(), capture_output=True, timeout=HELPER_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise AccessError(f"docker-credential-{name} gave no answer in {HELPER_TIMEOUT_S:.0f} s") from error
+        raise AccessError(
+            f"docker-credential-{name} gave no answer in {HELPER_TIMEOUT_S:.0f} s",
+            hint="run it by hand to see what it waits for",
+        ) from error
     if answer.returncode != 0:
         if b"not found" in answer.stdout + answer.stderr:  # the helpers' way to say: no login for this registry
             return None

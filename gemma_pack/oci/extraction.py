@@ -79,7 +79,9 @@ class Gunzip:
             try:
                 piece = self._inflate.decompress(data, _PIECE_BYTES)
             except zlib.error as error:
-                raise RegistryError(f"{self._origin} is damaged: it does not decompress") from error
+                raise RegistryError(
+                    f"{self._origin} is damaged: it does not decompress", hint="push or copy the image again"
+                ) from error
             self.limit_bytes -= len(piece)
             if self.limit_bytes < 0:
                 raise RegistryError(f"{self._origin} grows more than {MAX_GZIP_RATIO}-fold when decompressed")

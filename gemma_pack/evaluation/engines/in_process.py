@@ -189,7 +189,9 @@ def load(directory: Path, role: str, device: str) -> Model:
         raise MachineError(f"the {role} does not fit on {device}", hint="use a larger GPU, or --device cpu") from error
     except (ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"transformers cannot load {directory}: {reason}") from error
+        raise CheckpointError(
+            f"transformers cannot load {directory}: {reason}", hint="gemma-pack doctor shows whether the versions fit"
+        ) from error
     return Model(module.eval(), role, attention, other_attention(raw))
 
 
