@@ -117,8 +117,8 @@ def serving(
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603 - a list of arguments, no shell
             [
-                str(python), "-m", "vllm.entrypoints.openai.api_server",
-                f"--model={directory}", f"--host={host}", f"--port={port}", *arguments,
+                str(python), "-m", "vllm.entrypoints.openai.api_server", *arguments,
+                f"--model={directory}", f"--host={host}", f"--port={port}",  # last, so that no argument changes them
             ],
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -143,15 +143,20 @@ def private_environment() -> dict[str, str]:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the server to end and wait for its whole process group; what does not end in time is killed."""
-    process.terminate()
-    deadline = time.monotonic() + STOP_SECONDS
-    while _group_lives(process.pid) and time.monotonic() < deadline:
-        process.poll()  # collects the leader's exit code: until then it counts as a member of its group
-        time.sleep(0.05)
-    if _group_lives(process.pid):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    """Ask the server to end and wait for its whole process group; what does not end in time is killed.
+
+    So is what still runs at a second Ctrl-C.
+    """
+    try:
+        process.terminate()
+        deadline = time.monotonic() + STOP_SECONDS
+        while _group_lives(process.pid) and time.monotonic() < deadline:
+            process.poll()  # collects the leader's exit code: until then it counts as a member of its group
+            time.sleep(0.05)
+    finally:
+        if _group_lives(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def last_lines(log: Path) -> str:

@@ -5,16 +5,25 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from gemma_pack.commands.options import registry_options, with_console
-from gemma_pack.errors import GemmaPackError
+from gemma_pack.errors import GemmaPackError, InvalidUsageError
 
 if TYPE_CHECKING:
     from gemma_pack.console import Console
     from gemma_pack.vllm import VllmServer
+
+
+OURS: Final = {
+    "--host": "--host ADDRESS",
+    "--port": "--port PORT",
+    "--served-model-name": "--name NAME",
+    "--model": "DIR|REF",
+}
+"""Options of vLLM's that have one of ours: we ask the server by them."""
 
 
 @click.command(
@@ -55,6 +64,10 @@ def command(
     from gemma_pack.reports.card import has_chat_template
     from gemma_pack.vllm import find_vllm, serving
 
+    ours = [option for option in vllm_options if option.partition("=")[0] in OURS]
+    if ours:
+        name = ours[0].partition("=")[0]
+        raise InvalidUsageError(f"{name} stands behind --, and is ours to say", hint=f"gemma-pack serve {OURS[name]}")
     directory = Path(model)
     if directory.is_dir():
         Checkpoint.open(directory)  # before a server starts for nothing

@@ -130,6 +130,28 @@ def test_ctrl_c_ends_the_wait_for_a_server(
     assert not os.path.exists(log)  # noqa: PTH110 - a string
 
 
+def test_a_second_ctrl_c_kills_what_does_not_end(
+    raw_checkpoint: Callable[..., Path], vllm: Callable[..., Path], start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    python = vllm()
+    python.write_text(python.read_text("utf-8").replace("signal.signal(signal.SIGTERM, end)", DEAF), "utf-8")
+    process = start(str(raw_checkpoint("gemma")), python=python)
+    assert process.stdout
+    assert process.stdout.readline().startswith("curl ")
+    started = descendants(process.pid)
+    assert len(started) >= 2
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None  # it waits
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert not [pid for pid in started if runs(pid)]
+
+
+DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+
+
 def test_an_image_is_pulled_once_and_served(
     registry: Registry,
     raw_checkpoint: Callable[..., Path],
@@ -158,6 +180,18 @@ def test_without_vllm_it_says_how_to_get_one(
     assert process.returncode == 12
     assert errors.startswith("error: there is no vLLM here\nhint: python -m venv vllm && vllm/bin/pip install vllm")
     assert "export GEMMA_PACK_VLLM=" in errors
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"), [("--port=9000", "gemma-pack serve --port PORT"), ("--host", "gemma-pack serve --host ADDRESS")]
+)
+def test_what_is_ours_to_say_is_not_vllms(
+    raw_checkpoint: Callable[..., Path], start: Callable[..., subprocess.Popen[str]], option: str, hint: str
+) -> None:
+    process = start(str(raw_checkpoint("gemma")), "--", "--max-model-len=9", option)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors == f"error: {option.partition('=')[0]} stands behind --, and is ours to say\nhint: {hint}\n"
 
 
 def test_a_port_that_is_taken_is_refused(

@@ -138,6 +138,6 @@ def vllm_server(
     """Return what `gemma-pack serve` started on that directory, with the options that `deploy` wrote."""
     errors = tmp_path_factory.mktemp("serve") / "stderr"
     [line] = [line for line in deployed["serve.sh"].replace("\\\n", " ").splitlines() if "vllm serve" in line]
-    arguments = shlex.split(line)[4:]  # after: exec vllm serve "$directory"
+    arguments = shlex.split(line)[6:]  # after: exec vllm serve "$directory" --host=… --port=…
     with serving(served_directory, arguments, python=vllm_python, errors=errors) as server:
         yield server

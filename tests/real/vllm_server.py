@@ -72,6 +72,7 @@ def serving(directory: Path, arguments: list[str], *, python: Path, errors: Path
         errors: file that gets what gemma-pack writes to stderr.
     """
     [model] = [argument.partition("=")[2] for argument in arguments if argument.startswith("--served-model-name=")]
+    others = [argument for argument in arguments if not argument.startswith("--served-model-name=")]
     ours = ["serve", str(directory), "--name", model, "--port", str(vllm.free_port()), "--format", "json"]
     quick = [
         "--enforce-eager",  # compiling would take minutes
@@ -81,7 +82,7 @@ def serving(directory: Path, arguments: list[str], *, python: Path, errors: Path
     with (
         errors.open("wb") as stderr,
         subprocess.Popen(
-            [sys.executable, "-m", "gemma_pack", *ours, "--", *arguments, *quick],
+            [sys.executable, "-m", "gemma_pack", *ours, "--", *others, *quick],
             env={**server_environment(python), vllm.VARIABLE: str(python)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
