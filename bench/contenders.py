@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SAMPLES, SEQUENCE_LENGTH = 64, 512
+WINDOWS_AT_ONCE = 8
+"""In one forward pass of calibration, which changes the time alone."""
 GGUF_BITS = 4.5
 """Of a Q4_0 weight: 32 codes of 4 bits and a float16 scale."""
 
@@ -62,6 +64,7 @@ def llm_compressor(
             max_seq_length=SEQUENCE_LENGTH,
             num_calibration_samples=SAMPLES,
             shuffle_calibration_samples=False,
+            batch_size=WINDOWS_AT_ONCE,
             output_dir=str(target),
         )
 
@@ -101,7 +104,7 @@ def auto_round(base: Path, windows: torch.Tensor, target: Path) -> None:
 
     tuner = AutoRound(
         bf16(base), AutoTokenizer.from_pretrained(base), scheme="W4A16", iters=100, nsamples=SAMPLES,
-        seqlen=SEQUENCE_LENGTH, dataset=[{"input_ids": part} for part in windows.split(8)], device_map="cpu",
+        seqlen=SEQUENCE_LENGTH, dataset=[{"input_ids": part} for part in windows.split(WINDOWS_AT_ONCE)], device_map="cpu",
         enable_torch_compile=False,
     )  # fmt: skip
     model, _ = tuner.quantize()
