@@ -16,7 +16,7 @@ help:
 	@echo "make demo    quantize, validate and package a real Gemma 3 270M (REGISTRY=host:port/name pushes it too)"
 	@echo "make test    everything that proves it: check, then the tests, a real server included"
 	@echo "make check   lint, format, types, import rules"
-	@echo "make bench   measure against llm-compressor's one-shot run on the same windows (Debian; about ten minutes)"
+	@echo "make bench   measure every recipe beside other tools on the same windows (Debian; an hour)"
 	@echo "make clean   remove the environments and what demo made"
 
 demo: install

@@ -3,8 +3,8 @@
 llm-compressor's observers take the largest magnitude of a group, or search a grid below it for the least error; their
 scales are positive, so that of int4's sixteen codes -8 … 7 the outermost, -8, is all but unused. `signed_mse` gives a
 scale the sign that serves its group better, mostly the one that maps the extreme weight to -8, as llama.cpp's Q4_0
-does (`quantize_row_q4_0_ref`): a sixteenth finer steps at no cost. On Gemma 3 270M in groups of 128 that alone takes
-18 % off the KL after GPTQ.
+does (`quantize_row_q4_0_ref`): a sixteenth finer steps at no cost. On Gemma 3 270M in groups of 128 the sign of the
+extreme takes 18 % off the KL after GPTQ, and trying both signs from the codes' whole range down another 13 %.
 """
 
 from __future__ import annotations
