@@ -104,7 +104,8 @@ def auto_round(base: Path, windows: torch.Tensor, target: Path) -> None:
 
     tuner = AutoRound(
         bf16(base), AutoTokenizer.from_pretrained(base), scheme="W4A16", iters=100, nsamples=SAMPLES,
-        seqlen=SEQUENCE_LENGTH, dataset=[{"input_ids": part} for part in windows.split(WINDOWS_AT_ONCE)], device_map="cpu",
+        seqlen=SEQUENCE_LENGTH, dataset=[{"input_ids": part} for part in windows.split(WINDOWS_AT_ONCE)],
+        device_map="cpu",
         enable_torch_compile=False,
     )  # fmt: skip
     model, _ = tuner.quantize()
