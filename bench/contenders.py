@@ -98,20 +98,6 @@ def gguf_q4_0(base: Path, windows: torch.Tensor, target: Path) -> None:
     model.save_pretrained(target)
 
 
-def auto_round(base: Path, windows: torch.Tensor, target: Path) -> None:
-    """Round by AutoRound, W4A16 in groups of 128, 100 iterations."""
-    from auto_round import AutoRound
-
-    tuner = AutoRound(
-        bf16(base), AutoTokenizer.from_pretrained(base), scheme="W4A16", iters=100, nsamples=SAMPLES,
-        seqlen=SEQUENCE_LENGTH, dataset=[{"input_ids": part} for part in windows.split(WINDOWS_AT_ONCE)],
-        device_map="cpu",
-        enable_torch_compile=False,
-    )  # fmt: skip
-    model, _ = tuner.quantize()
-    model.save_pretrained(target)
-
-
 MAKERS: dict[str, Callable[[Path, torch.Tensor, Path], None]] = {
     "llm-compressor W4A16": llm_compressor("W4A16", gptq=True),
     "llm-compressor W4A16 memoryless_mse": llm_compressor("W4A16", gptq=True, observer="memoryless_mse"),
@@ -132,7 +118,6 @@ MAKERS: dict[str, Callable[[Path, torch.Tensor, Path], None]] = {
         }
     ),
     "GGUF Q4_0": gguf_q4_0,
-    "AutoRound W4A16": auto_round,
 }
 
 

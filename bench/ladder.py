@@ -1,6 +1,6 @@
 """What each part of the w4a16 recipe gains alone: one rung after the other, the same measurement as bench/quality.py.
 
-    python bench/ladder.py WORK [--only RUNG ...] [--purpose report] [--windows 8]
+    python bench/ladder.py WORK [--only RUNG ...] [--purpose report] [--windows 4]
 
 Rungs are w4a16 with a few keys changed, and llm-compressor's GPTQ with its other observers. The table goes to stdout
 and, with date and versions, to bench/results/ladder.json.
@@ -66,13 +66,13 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", action="append", default=[], help="rungs; results are written of all alone")
     parser.add_argument("--purpose", choices=["choose", "report"], default="report")
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=4)
     options = parser.parse_args()
     bench = Bench(options.work.absolute(), purpose=options.purpose, windows=options.windows)
     directory = bench.work / "ladder"
     directory.mkdir(exist_ok=True)
     rungs = [rung.write(directory) for rung in RUNGS if not options.only or rung.name in options.only]
-    contenders = [*OTHERS, *rungs]
+    contenders = rungs if options.only else [*OTHERS, *rungs]
     bench.make(contenders)
     rows = [row for contender in contenders for row in bench.measure(contender, 1)]
     print(markdown(contenders, rows))

@@ -1,6 +1,6 @@
 """KL of every recipe beside other tools' checkpoints of the same base, from the same calibration windows.
 
-    python bench/quality.py WORK [--only NAME ...] [--windows 12]
+    python bench/quality.py WORK [--only NAME ...] [--windows 4]
 
 Everything runs on the demo model. Calibration, choice and report texts come from different Debian packages
 (bench/texts.py); the figures are of the report texts, which no setting was chosen by. Each contender is divided by
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 EVALUATION_SEED = 11
-VERSIONS = ("torch", "transformers", "llmcompressor", "compressed-tensors", "bitsandbytes", "auto-round", "gguf")
+VERSIONS = ("torch", "transformers", "llmcompressor", "compressed-tensors", "bitsandbytes", "gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,6 @@ CONTENDERS = (
     preset("W4A16", 4.125, draws=(1, 2)),
     ours("w4a16-fast", "W4A16", 4.125, draws=(1, 2)),
     ours("w4a16", "W4A16", 4.125, draws=(1, 2)),
-    other("AutoRound W4A16", "W4A16", 4.125),
     other("bitsandbytes nf4", "W4A16", 4.127),
     other("GGUF Q4_0", "W4A16", 4.5),
     ours("w4a16-g32", "W4A16", 4.5),
@@ -246,7 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", action="append", default=[], help="contenders; results are written of all alone")
-    parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--windows", type=int, default=4)
     options = parser.parse_args()
     contenders = [c for c in CONTENDERS if not options.only or c.name in options.only]
     bench = Bench(options.work.absolute(), purpose="report", windows=options.windows)
