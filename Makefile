@@ -10,13 +10,14 @@ TOOLS  := docker-registry skopeo buildah podman chromium
 REGISTRY ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install dev test check format bench tools clean
+.PHONY: help demo install dev test check format bench speed tools clean
 
 help:
 	@echo "make demo    quantize, validate and package a real Gemma 3 270M (REGISTRY=host:port/name pushes it too)"
 	@echo "make test    everything that proves it: check, then the tests, a real server included"
 	@echo "make check   lint, format, types, import rules"
 	@echo "make bench   measure every recipe beside other tools on the same windows (Debian; an hour)"
+	@echo "make speed   time quantizing beside llm-compressor and beside plain copying (half an hour on two cores)"
 	@echo "make clean   remove the environments and what demo made"
 
 demo: install
@@ -72,6 +73,9 @@ format: dev
 
 bench: dev
 	$(BIN)/python bench/quality.py build/bench
+
+speed: dev
+	for part in calibrated together refinement streamed; do $(BIN)/python bench/speed.py $$part build/speed || exit 1; done
 
 clean:
 	rm -rf $(VENV) .venv-vllm demo
