@@ -62,9 +62,9 @@ class HiddenStates:
     def begin(self, wanted: int) -> int:
         """Fill in the states that enter a layer, at most layer `wanted`, and return which: as far as there are kept."""
         kept = {int(path.suffix[1:]): path for path in self._kept()}
-        usable = [index for index in kept if index <= wanted and self._read(kept[index])]
-        if usable:
-            return max(usable)
+        for index in sorted(kept, reverse=True):
+            if index <= wanted and self._read(kept[index]):
+                return index
         for begin in range(0, len(self._ids), self.batch):
             self.states[begin : begin + self.batch] = self.decoder.embed(self._ids[begin : begin + self.batch])
         return 0
@@ -120,6 +120,10 @@ class HiddenStates:
         Returns:
             For each group the statistics of its input, over the windows of all processes.
         """
+        batches = torch.split(self.states, self.batch)
+        for windows, tokens, _ in {batch.shape for batch in batches}:
+            if windows not in self._arguments:  # asked before there are hooks: the answer takes a pass over padding
+                self._arguments[windows] = self.decoder.layer_arguments(windows, tokens)
         layer = self.decoder.load_layer(index)
         linears: list[Any] = [layer.get_submodule(self.decoder.within_layer(group[0])) for group in observed]
         statistics = [InputStatistics(linear.in_features, self.decoder.device) for linear in linears]
@@ -131,11 +135,8 @@ class HiddenStates:
             linear.register_forward_pre_hook(adder(seen)) for linear, seen in zip(linears, statistics, strict=True)
         ]
         try:
-            for states in torch.split(self.states, self.batch):
-                windows, tokens, _ = states.shape
-                if windows not in self._arguments:
-                    self._arguments[windows] = self.decoder.layer_arguments(windows, tokens)
-                arguments = self._arguments[windows][self.decoder.kinds[index]]
+            for states in batches:
+                arguments = self._arguments[len(states)][self.decoder.kinds[index]]
                 states.copy_(layer(states.to(self.decoder.device), past_key_values=cache, **arguments))
         finally:
             for hook in hooks:

@@ -64,10 +64,11 @@ class InputStatistics:
 
     def add(self, inputs: Tensor) -> None:
         """Add bfloat16 inputs [..., columns]."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        exact = rows.float()
         with _matrix_unit():
-            self.total.addmm_(rows.T, rows)
-        self.largest = torch.maximum(self.largest, rows.abs().amax(0))
+            self.total.addmm_(exact.T, exact)
+        self.largest = torch.maximum(self.largest, torch.maximum(rows.amax(0), -rows.amin(0)).float())
         self.tokens += rows.shape[0]
 
     def merge(self, ranks: Ranks) -> None:

@@ -46,6 +46,19 @@ def test_windows_that_travel_layer_by_layer_end_where_the_whole_model_takes_them
     assert torch.equal(torch.cat(found), stream.states)
 
 
+def test_statistics_are_of_the_windows_and_of_nothing_else(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Asking the model for masks and positions takes a pass over padding, which must not be counted."""
+    ids = np.random.default_rng(0).integers(4, 500, size=(5, 80), dtype=np.int32)
+    decoder = Decoder(Checkpoint.open(tiny_checkpoint), torch.device("cpu"))
+    stream = HiddenStates(decoder, ids, tmp_path, Ranks())
+    stream.batch = 2
+    stream.begin(0)
+    [seen] = stream.advance(0, [["model.layers.0.self_attn.q_proj"]])
+    assert int(seen.tokens) == 5 * 80
+    inputs = decoder.load_layer(0).input_layernorm(decoder.embed(ids)).flatten(0, 1).float()
+    assert torch.allclose(seen.total, inputs.T @ inputs, rtol=0.01, atol=0.01 * float(seen.total.abs().max()))
+
+
 def test_a_missing_tensor_is_named(tiny_checkpoint: Path) -> None:
     from gemma_pack.errors import CheckpointError
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from gemma_pack.checkpoint import Checkpoint, file_sha256
 from gemma_pack.errors import InvalidUsageError, QuantizationError, RecipeError
-from gemma_pack.quantization import calibrated
+from gemma_pack.quantization import calibrated, hidden_states
 from gemma_pack.quantization.untouched import prove_untouched
 from gemma_pack.quantization.variant import quantize
 from gemma_pack.record import read_record
@@ -128,6 +128,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     finished: int,
 ) -> None:
+    monkeypatch.setattr(hidden_states, "_SHARE_FOR_KEEPING", 1e9)  # keep those of every layer
     undisturbed = quantize(make_job(tiny_checkpoint), tmp_path / "whole", reporter)
     calls = []
     original = calibrated.round_group
