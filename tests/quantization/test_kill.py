@@ -90,7 +90,7 @@ def test_ten_random_moments_of_calibration_and_refinement(tiny_checkpoint: Path,
 
 
 def test_an_interrupt_says_how_to_go_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(REFINED.replace("steps: 8", "steps: 5000"))
+    (tmp_path / "r.yaml").write_text(REFINED.replace("steps: 8", "steps: 100"))
     command = [sys.executable, "-m", "gemma_pack", "quantize", str(tiny_checkpoint), "--recipe", "r.yaml", "-o", "out"]
     process = subprocess.Popen(
         [*command, "--device", "cpu"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

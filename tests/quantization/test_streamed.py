@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,15 @@ from safetensors.torch import load_file
 
 from gemma_pack.checkpoint import Checkpoint, file_sha256
 from gemma_pack.errors import QuantizationError, RecipeError
+from gemma_pack.gemma import decoder_linears, linear_shape, norm_shapes
 from gemma_pack.quantization import shards, streamed
 from gemma_pack.quantization.layout import stored_tensors
 from gemma_pack.quantization.packing import unpack
 from gemma_pack.quantization.scheme import quantization_scheme
 from gemma_pack.quantization.variant import quantize
 from gemma_pack.recipe import parse_recipe
+from gemma_pack.safetensors_file import write_safetensors
+from tests.tiny import write_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,6 +121,24 @@ def test_layers_that_are_left_alone_and_small_shards(
     assert all(path.stat().st_size < 110_000 for path in opened.shards if "quantized" in path.name)
     ignore = opened.config["quantization_config"]["ignore"]
     assert ignore == ["lm_head", *(f"model.layers.1.mlp.{name}_proj" for name in ("down", "gate", "up"))]
+
+
+def test_a_base_in_several_shards_gives_the_same_files_as_in_one(
+    tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "sharded" / name).write_bytes((tiny_checkpoint / name).read_bytes())
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
+    made = [
+        quantize(make_job(base, recipe_text("FP8_DYNAMIC")), tmp_path / f"from-{base.name}", reporter).directory
+        for base in (tiny_checkpoint, tmp_path / "sharded")
+    ]
+    for path in made[0].glob("*.safetensors"):
+        assert path.read_bytes() == (made[1] / path.name).read_bytes()
 
 
 class TestBitsandbytes:
@@ -292,3 +314,37 @@ def test_a_process_killed_at_ten_random_moments_goes_on_and_ends_with_the_same_b
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 5, "most were killed before they were done"
     assert [path.name for path in tmp_path.iterdir() if "journal" in path.name] == []
+
+
+MEASURING = """
+import sys
+from pathlib import Path
+from gemma_pack.commands import run
+assert run(["quantize", sys.argv[1], "-r", sys.argv[2], "-o", sys.argv[3], "--device", "cpu"]) == 0
+[peak] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+print(1024 * int(peak.split()[1]))  # getrusage would count what the process that started this one held
+"""
+
+
+def test_memory_is_three_times_the_largest_tensor_and_500_mb_whatever_the_model(tmp_path: Path) -> None:
+    base = tmp_path / "wide"
+    base.mkdir()
+    sizes = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 14, "head_dim": 256}
+    config = {"model_type": "gemma3_text", "dtype": "bfloat16", "num_attention_heads": 4, "num_key_value_heads": 1}
+    config |= {**sizes, "vocab_size": 32_768, "tie_word_embeddings": True}
+    (base / "config.json").write_text(json.dumps(config))
+    write_tokenizer(base)
+    shapes = {"model.embed_tokens.weight": (32_768, 1024), **norm_shapes(config, "model.")}
+    linears = [name for layer in decoder_linears(config, "model.") for group in layer for name in group]
+    shapes |= {f"{name}.weight": linear_shape(config, name) for name in linears}
+    pattern = torch.randn(32_768, 1024, generator=torch.Generator().manual_seed(0)).bfloat16().view(torch.uint8)
+    data = pattern.numpy().tobytes()
+    tensors = [(name, "BF16", shape, lambda size=2 * math.prod(shape): data[:size]) for name, shape in shapes.items()]  # noqa: B008
+    write_safetensors(base / "model.safetensors", tensors)
+    largest = max(map(math.prod, shapes.values())) * 2
+    limit = 3 * largest + 500_000_000
+    assert (base / "model.safetensors").stat().st_size > 1.15 * limit
+    command = [sys.executable, "-c", MEASURING, str(base), "fp8-dynamic", str(tmp_path / "out")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) < limit

@@ -55,6 +55,8 @@ def test_recipes_made_in_one_pass_have_the_bytes_of_each_made_alone(
     assert layers == [0, 1, 2], "each layer ran once for all"
     for variant in made:
         assert digests(variant.directory) == digests(tmp_path / "alone" / variant.directory.name)
+    untouched = [file_sha256(tmp_path / "together" / name / "model-untouched-00001.safetensors") for name in "ac"]
+    assert untouched[0] == untouched[1], "a registry stores once what no recipe touches"
 
 
 def test_a_recipe_that_joins_an_interrupted_one_still_gets_every_layer(
