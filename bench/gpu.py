@@ -27,11 +27,11 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from checkpoints import GEMMA_2_9B, TINY, write_random  # noqa: E402 - beside this script
-from speed import Run, demo, timed  # noqa: E402
+from speed import Run, demo, timed  # noqa: E402 - scripts beside this one must be found first
 
-from gemma_pack.checkpoint import Checkpoint  # noqa: E402
-from gemma_pack.console import table  # noqa: E402
-from gemma_pack.gemma import decoder_linears, linear_shape  # noqa: E402
+from gemma_pack.checkpoint import Checkpoint  # noqa: E402 - scripts beside this one must be found first
+from gemma_pack.console import table  # noqa: E402 - scripts beside this one must be found first
+from gemma_pack.gemma import decoder_linears, linear_shape  # noqa: E402 - scripts beside this one must be found first
 
 SHAPES = {"gemma-2-9b": GEMMA_2_9B, "tiny": TINY}
 ONESHOT = """

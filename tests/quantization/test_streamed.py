@@ -339,7 +339,7 @@ def test_memory_is_three_times_the_largest_tensor_and_500_mb_whatever_the_model(
     shapes |= {f"{name}.weight": linear_shape(config, name) for name in linears}
     pattern = torch.randn(32_768, 1024, generator=torch.Generator().manual_seed(0)).bfloat16().view(torch.uint8)
     data = pattern.numpy().tobytes()
-    tensors = [(name, "BF16", shape, lambda size=2 * math.prod(shape): data[:size]) for name, shape in shapes.items()]  # noqa: B008
+    tensors = [(name, "BF16", shape, lambda size=2 * math.prod(shape): data[:size]) for name, shape in shapes.items()]  # noqa: B008 - each lambda keeps its own size
     write_safetensors(base / "model.safetensors", tensors)
     largest = max(map(math.prod, shapes.values())) * 2
     limit = 3 * largest + 500_000_000
