@@ -156,6 +156,7 @@ def judge(base: Path, variant: Path, work: Path) -> Report:
         variant,
         work / "report",
         against=str(base),
+        recipe_name=str(variant / "recipe.yaml"),
         profile_name="damages",
         text="builtin",
         device="cpu",
