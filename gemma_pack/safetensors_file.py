@@ -201,7 +201,8 @@ def _parse_header(encoded: bytes) -> dict[str, Any]:
     header = json.loads(encoded.decode(), object_pairs_hook=unique, parse_constant=refuse)
     if not isinstance(header, dict):
         raise ValueError("it is no object")  # noqa: TRY004 - a broken file, like every other ValueError here
-    metadata = header.get("__metadata__") or {}
+    metadata = header.get("__metadata__")
+    metadata = {} if metadata is None else metadata  # null is none, as the library reads it; 0 and "" are not
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("__metadata__ maps names to something else than text")
     return header

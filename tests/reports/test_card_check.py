@@ -142,7 +142,7 @@ def test_the_command_ends_with_1_and_names_each_line(tmp_path: Path, capsys: pyt
 def test_what_cannot_be_checked_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = write_variant(tmp_path / "variant", quantized_record())
     (directory / "README.md").write_bytes(b"\xff\xfe")
-    assert run(["card", "--check", str(directory / "README.md")]) == 1
+    assert run(["card", "--check", str(directory / "README.md")]) == 2
     assert "not UTF-8" in capsys.readouterr().err
     assert run(["card", "--check", str(tmp_path / "none.md"), str(directory)]) == 1
     assert "none.md" in capsys.readouterr().err
