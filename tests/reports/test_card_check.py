@@ -144,7 +144,7 @@ def test_what_cannot_be_checked_is_a_sentence(tmp_path: Path, capsys: pytest.Cap
     (directory / "README.md").write_bytes(b"\xff\xfe")
     assert run(["card", "--check", str(directory / "README.md")]) == 2
     assert "not UTF-8" in capsys.readouterr().err
-    assert run(["card", "--check", str(tmp_path / "none.md"), str(directory)]) == 1
+    assert run(["card", "--check", str(tmp_path / "none.md"), str(directory)]) == 2
     assert "none.md" in capsys.readouterr().err
     assert run(["card"]) == 2
     assert "directory is missing" in capsys.readouterr().err
