@@ -36,6 +36,7 @@ from gemma_pack.gemma import decoder_linears, linear_shape  # noqa: E402 - scrip
 SHAPES = {"gemma-2-9b": GEMMA_2_9B, "tiny": TINY}
 ONESHOT = """
 import sys, torch
+from pathlib import Path
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -47,7 +48,7 @@ given = {}
 modifier = QuantizationModifier
 if scheme == "W4A16":
     modifier = GPTQModifier
-    ids = load_windows(text, "calibration", base, samples=windows, sequence_length=tokens, seed=0).ids
+    ids = load_windows(text, "calibration", Path(base), samples=windows, sequence_length=tokens, seed=0).ids
     rows = {"input_ids": ids.tolist(), "attention_mask": [[1] * tokens] * windows}
     given = {"dataset": Dataset.from_dict(rows), "max_seq_length": tokens, "num_calibration_samples": windows}
 oneshot(
