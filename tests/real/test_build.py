@@ -87,5 +87,5 @@ def test_transformers_loads_the_variant_and_answers(pulled_variant: Path) -> Non
     from transformers import pipeline
 
     generate = pipeline("text-generation", model=str(pulled_variant), dtype="auto")
-    answer = generate("The capital city of France is called", max_new_tokens=4, do_sample=False)[0]["generated_text"]
-    assert "Paris" in answer
+    answer = generate("The opposite of hot is", max_new_tokens=2, do_sample=False)[0]["generated_text"]
+    assert answer.startswith("The opposite of hot is cold")  # which the base and int4 of it are sure of
