@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 VERSIONS = ("torch", "transformers", "llmcompressor", "compressed-tensors")
 SAMPLES, SEQUENCE_LENGTH = 64, 512
-STREAMED_LAYERS = 6
+LAYERS = {"num_hidden_layers": 6}
 """Of Gemma 2 9B, with its embedding: 4.2 GB."""
 
 
@@ -135,9 +135,9 @@ def streamed(work: Path, repeats: int) -> list[Run]:
     """Time fp8-dynamic on a checkpoint too large to be only a matter of starting up."""
     base, target = work / "gemma-2-shapes", work / "made"
     if not base.is_dir():
-        from checkpoints import GEMMA_2_9B, write_random
-
-        write_random(base, GEMMA_2_9B | {"num_hidden_layers": STREAMED_LAYERS})
+        # in a process of its own: children begin with their parent's peak memory
+        made = f"from checkpoints import *; write_random(Path({str(base)!r}), GEMMA_2_9B | {LAYERS})"
+        subprocess.run([sys.executable, "-c", f"from pathlib import Path; {made}"], check=True, cwd=HERE)
     options = "scheme='FP8_DYNAMIC', ignore=['lm_head', 're:.*embed_tokens$'], device='cpu', max_workers=2"
     peer = f"from llmcompressor import model_free_ptq; model_free_ptq({str(base)!r}, {str(target)!r}, {options})"
     copy = 'mkdir "$2" && cp "$1"/* "$2" && sha256sum "$2"/*.safetensors && sync -f "$2"'
