@@ -12,19 +12,18 @@ gets its final name only if all of its bytes had the right digest.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 import zlib
-from typing import IO, TYPE_CHECKING, Final, Self
+from typing import IO, TYPE_CHECKING, Final
 
 from gemma_pack.errors import RegistryError
+from gemma_pack.oci.arrival import Arrival, write_all
 from gemma_pack.oci.manifest import GZIP_LAYER_TYPE, LAYER_TYPE
 from gemma_pack.oci.tar_reader import Member, TarReader, place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path, PurePosixPath
+    from pathlib import PurePosixPath
 
     from gemma_pack.oci.manifest import Descriptor
 
@@ -93,30 +92,11 @@ class Gunzip:
                 self._inflate = zlib.decompressobj(wbits=31)
 
 
-class LayerExtraction:
-    """Unpacks one layer into a directory of its own. Use it as a context, which closes its files."""
+class LayerExtraction(Arrival):
+    """Unpacks one layer into a directory of its own."""
 
-    def __init__(self, parent: Path, layer: Descriptor, title: str) -> None:
-        """Prepare to unpack `layer` below `parent`; nothing is written yet. `title` names it in errors."""
-        self.layer = layer
-        self.title = title
-        self.done = parent / layer.hex
-        self._partial = parent / f"{layer.hex}.partial"
-        self._journal: IO[bytes] | None = None
-        self._sink: IO[bytes] | None = None
-        self._begin()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def discard(self) -> None:
-        """Remove what there is of the layer and begin again."""
-        self._close()
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._begin()
+    _journal: IO[bytes] | None
+    _sink: IO[bytes] | None
 
     def restore(self) -> int:
         """Read back what an earlier process left, and return the offset in the layer from which to go on.
@@ -140,12 +120,11 @@ class LayerExtraction:
         Raises:
             RegistryError: they are more than its descriptor says, or hold what must not be unpacked.
         """
-        if self.offset + len(data) > self.layer.size_bytes:
-            raise RegistryError(f"{self.title} has more than the {self.layer.size_bytes} bytes that its image says")
+        self._require_room(data)
         self._journal = self._journal or self._create()
         self._count(data)
         if self._gunzip:
-            _write(self._journal, data)
+            write_all(self._journal, data)
             for piece in self._gunzip.feed(data):
                 self._unpack(piece)
         else:
@@ -157,7 +136,7 @@ class LayerExtraction:
         Raises:
             RegistryError: the bytes are those of the digest, and no whole tar.
         """
-        if self.offset != self.layer.size_bytes or self._hash.hexdigest() != self.layer.hex:
+        if not self._is_right():
             self.discard()
             return False
         if not self._reader.may_end or (self._gunzip and not self._gunzip.may_end):
@@ -169,8 +148,8 @@ class LayerExtraction:
         return True
 
     def _begin(self) -> None:
-        self.offset = 0
-        self._hash = hashlib.sha256()
+        super()._begin()
+        self._journal = self._sink = None
         self._reader = TarReader(self.title)
         self._gunzip = Gunzip(self.layer.size_bytes, self.title) if self.layer.media_type in GZIP_TYPES else None
         self._seen: set[PurePosixPath] = set()
@@ -199,13 +178,9 @@ class LayerExtraction:
             run = view[: self._reader.left]
             stream = self._sink or journal
             if stream:
-                _write(stream, run)
+                write_all(stream, run)
             self._follow(run)
             view = view[len(run) :]
-
-    def _count(self, data: bytes) -> None:
-        self._hash.update(data)
-        self.offset += len(data)
 
     def _follow(self, run: bytes | memoryview) -> None:
         """Let the reader see a run of the tar, and open or close the file that begins or ends with it."""
@@ -257,10 +232,3 @@ class LayerExtraction:
             if stream:
                 stream.close()
         self._journal = self._sink = None
-
-
-def _write(stream: IO[bytes], data: bytes | memoryview) -> None:
-    """Write all of `data` to an unbuffered stream, which may take it in parts."""
-    view = memoryview(data)
-    while view:
-        view = view[stream.write(view) :]

@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from gemma_pack.console import Reporter
+    from gemma_pack.oci.arrival import Arrival
     from gemma_pack.oci.manifest import Descriptor, Platform
     from gemma_pack.oci.reference import Reference
     from gemma_pack.oci.retry import Retry
     from gemma_pack.oci.source import ImageSource
 
-    Extraction = LayerExtraction | RawExtraction
 
 _TRIES: Final = 2
 """Of a layer whose bytes arrive damaged."""
@@ -217,11 +217,11 @@ def _tidy(staging: Path, resolved: Resolved) -> None:
             shutil.rmtree(path)
 
 
-def _extraction(staging: Path, layer: Descriptor, title: str) -> Extraction:
+def _extraction(staging: Path, layer: Descriptor, title: str) -> Arrival:
     return (RawExtraction if is_raw(layer.media_type) else LayerExtraction)(staging, layer, title)
 
 
-def _fetch_layer(source: ImageSource, extraction: Extraction, advance: Callable[[int], None]) -> tuple[int, int]:
+def _fetch_layer(source: ImageSource, extraction: Arrival, advance: Callable[[int], None]) -> tuple[int, int]:
     """Bring one layer, once more where its bytes were damaged, and return the bytes downloaded and read back."""
     downloaded = 0
     with extraction:
@@ -246,7 +246,7 @@ def _fetch_layer(source: ImageSource, extraction: Extraction, advance: Callable[
     )
 
 
-def _download(source: ImageSource, extraction: Extraction, advance: Callable[[int], None]) -> int:
+def _download(source: ImageSource, extraction: Arrival, advance: Callable[[int], None]) -> int:
     """Ask for what is missing of a layer until it is there, and return its size in bytes."""
     begin = extraction.offset
     attempt = 1
@@ -264,7 +264,7 @@ def _download(source: ImageSource, extraction: Extraction, advance: Callable[[in
     return extraction.offset - begin
 
 
-def _stream(source: ImageSource, extraction: Extraction, advance: Callable[[int], None]) -> None:
+def _stream(source: ImageSource, extraction: Arrival, advance: Callable[[int], None]) -> None:
     """Follow one answer to its end; raise AnswerError where it ends too early."""
     with source.open_blob(extraction.layer.digest, extraction.offset) as stream:
         before = extraction.offset - stream.offset  # sent again by a registry that knows no ranges

@@ -9,13 +9,13 @@ directory only when all of it was right. What an earlier process left is read ba
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections import Counter
-from typing import IO, TYPE_CHECKING, Final, Self
+from typing import IO, TYPE_CHECKING, Final
 
 from gemma_pack.errors import RegistryError
+from gemma_pack.oci.arrival import Arrival, write_all
 from gemma_pack.oci.extraction import MAX_FILES, is_raw
 from gemma_pack.oci.layers import MODELS_DIRECTORY
 from gemma_pack.oci.tar_reader import place
@@ -30,29 +30,14 @@ FILEPATH: Final = "org.cncf.model.filepath"
 _PIECE_BYTES: Final = 1 << 20
 
 
-class RawExtraction:
-    """Writes one raw layer into a directory of its own. Use it as a context, which closes its file."""
+class RawExtraction(Arrival):
+    """Writes one raw layer into a directory of its own."""
+
+    _stream: IO[bytes] | None
 
     def __init__(self, parent: Path, layer: Descriptor, title: str) -> None:
         """Prepare to write `layer` below `parent`; nothing is written yet. `title` names it in errors."""
-        self.layer = layer
-        self.title = title
-        self.done = parent / f"{layer.hex}.raw"
-        self._partial = parent / f"{layer.hex}.raw.partial"
-        self._stream: IO[bytes] | None = None
-        self._begin()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def discard(self) -> None:
-        """Remove what there is of the layer and begin again."""
-        self._close()
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._begin()
+        super().__init__(parent, layer, title, suffix=".raw")
 
     def restore(self) -> int:
         """Read back what an earlier process left, and return the offset from which to go on."""
@@ -69,17 +54,14 @@ class RawExtraction:
 
     def write(self, data: bytes) -> None:
         """Take the next bytes of the layer; raise RegistryError where they are more than its descriptor says."""
-        if self.offset + len(data) > self.layer.size_bytes:
-            raise RegistryError(f"{self.title} has more than the {self.layer.size_bytes} bytes that its image says")
+        self._require_room(data)
         self._stream = self._stream or self._create()
         self._count(data)
-        view = memoryview(data)
-        while view:
-            view = view[self._stream.write(view) :]
+        write_all(self._stream, data)
 
     def finish(self) -> bool:
         """Give the layer its final name and return True, if all its bytes were right; else discard it."""
-        if self.offset != self.layer.size_bytes or self._hash.hexdigest() != self.layer.hex:
+        if not self._is_right():
             self.discard()
             return False
         self._stream = self._stream or self._create()  # there is none yet for a file of no bytes
@@ -89,16 +71,12 @@ class RawExtraction:
         return True
 
     def _begin(self) -> None:
-        self.offset = 0
-        self._hash = hashlib.sha256()
+        super()._begin()
+        self._stream = None
 
     def _create(self) -> IO[bytes]:
         self._partial.mkdir(parents=True, exist_ok=True)
         return (self._partial / "file").open("w+b", buffering=0)
-
-    def _count(self, data: bytes) -> None:
-        self._hash.update(data)
-        self.offset += len(data)
 
     def _close(self) -> None:
         if self._stream:

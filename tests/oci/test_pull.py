@@ -5,11 +5,8 @@ import errno
 import gzip
 import hashlib
 import io
-import json
 import os
-import signal
 import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -38,6 +35,7 @@ from gemma_pack.oci.pull import pull
 from gemma_pack.oci.push import push
 from gemma_pack.oci.retry import AnswerError
 from tests.oci.faulty import Fault, Faulty, Handler, cut_download, quick, say
+from tests.oci.killed_pull import finish_killed_pull
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -318,7 +316,7 @@ def test_a_full_disk_is_a_machine_error_and_the_rest_comes_later(
     pushed: str, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     left = [MIB]
-    write = extraction_module._write
+    write = extraction_module.write_all
 
     def until_full(stream: IO[bytes], data: bytes) -> None:
         left[0] -= len(data)
@@ -326,11 +324,11 @@ def test_a_full_disk_is_a_machine_error_and_the_rest_comes_later(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(stream.name))
         write(stream, data)
 
-    monkeypatch.setattr(extraction_module, "_write", until_full)
+    monkeypatch.setattr(extraction_module, "write_all", until_full)
     assert run(["pull", pushed, "-o", str(target)]) == 12
     assert "no space left on the disk" in capsys.readouterr().err
     assert not target.exists()
-    monkeypatch.setattr(extraction_module, "_write", write)
+    monkeypatch.setattr(extraction_module, "write_all", write)
     assert pull(pushed, target, reporter=QUIET).resumed_bytes > 0
     assert contents(target) == contents(tmp_path / "model")
 
@@ -483,34 +481,11 @@ def test_a_pull_killed_at_any_moment_is_finished_by_the_same_command(
     reference = f"{registry.host}/team/gemma:1"
     push(random_layout(shards=2, size_bytes=24 * MIB), reference, reporter=QUIET)
     victim = {
-        "in the layers": "import gemma_pack.oci.extraction as m; name, count = '_write', 300",
-        "between the layers": "import gemma_pack.oci.pull as m; name, count = '_overlay', 4",
-        "before the name": "import gemma_pack.oci.pull as m; name, count = 'publish', 1",
+        "in the layers": "import gemma_pack.oci.extraction as place; name, count = 'write_all', 300",
+        "between the layers": "import gemma_pack.oci.pull as place; name, count = '_overlay', 4",
+        "before the name": "import gemma_pack.oci.pull as place; name, count = 'publish', 1",
     }[moment]
-    code = f"""
-import os, signal, sys
-{victim}
-right, calls = getattr(m, name), [0]
-def deadly(*arguments, **named):
-    calls[0] += 1
-    if calls[0] == count:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return right(*arguments, **named)
-setattr(m, name, deadly)
-from gemma_pack.commands import run
-sys.exit(run(sys.argv[1:]))
-"""
-    arguments = ["pull", reference, "-o", str(target)]
-    killed = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=False, timeout=60)
-    assert killed.returncode == -signal.SIGKILL
-    assert not target.exists()
-    done = subprocess.run(
-        [sys.executable, "-m", "gemma_pack", *arguments, "--format", "json"],
-        capture_output=True,
-        check=True,
-        timeout=60,
-    )
-    result = json.loads(done.stdout)
+    result = finish_killed_pull(victim, reference, target)
     assert contents(target) == contents(tmp_path / "model")
     assert leftovers(target) == [".gemma.pulled.json"]
     if moment == "in the layers":

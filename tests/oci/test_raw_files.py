@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -22,6 +19,7 @@ from gemma_pack.oci.pull import pull
 from gemma_pack.oci.push import push
 from gemma_pack.oci.raw_files import RawExtraction, raw_paths
 from tests.oci.faulty import Fault, Faulty, Handler, cut_download, quick, say
+from tests.oci.killed_pull import finish_killed_pull
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -258,30 +256,7 @@ def test_a_pull_killed_at_any_moment_is_finished_by_the_same_command(
         "between the files": "import gemma_pack.oci.pull as place; name, count = 'place_raw', 4",
         "before the name": "import gemma_pack.oci.pull as place; name, count = 'publish', 1",
     }[moment]
-    code = f"""
-import os, signal, sys
-{victim}
-right, calls = getattr(place, name), [0]
-def deadly(*arguments, **named):
-    calls[0] += 1
-    if calls[0] == count:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return right(*arguments, **named)
-setattr(place, name, deadly)
-from gemma_pack.commands import run
-sys.exit(run(sys.argv[1:]))
-"""
-    arguments = ["pull", reference, "-o", str(target)]
-    killed = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=False, timeout=60)
-    assert killed.returncode == -signal.SIGKILL
-    assert not target.exists()
-    done = subprocess.run(
-        [sys.executable, "-m", "gemma_pack", *arguments, "--format", "json"],
-        capture_output=True,
-        check=True,
-        timeout=60,
-    )
-    result = json.loads(done.stdout)
+    result = finish_killed_pull(victim, reference, target)
     assert contents(target) == contents(tmp_path / "model")
     assert leftovers(target) == [".gemma.pulled.json"]
     if moment != "while writing":
