@@ -144,7 +144,7 @@ class Metric(_Part):
     value: float
     bound: float | None = None
     opposite_bound: float | None = None
-    """The bound on the good side, likewise one-sided: with `bound` it makes an interval of 90 %."""
+    """The bound on the good side, likewise one-sided: with bounds of 95 % each, both make an interval of 90 %."""
     margin: float | None = None
     verdict: Literal["pass", "fail", "undecided", "not judged"] = "not judged"
     unit: str = ""
@@ -158,6 +158,8 @@ class ValidationRecord(_Part):
     engine: str
     profile: str
     evaluation: TextRecord
+    confidence: float | None = None
+    """Of each bound, one-sided; records from before there was a second look say nothing, and mean 0.95."""
     metrics: tuple[Metric, ...]
 
 

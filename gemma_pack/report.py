@@ -345,6 +345,7 @@ class Report(_Part):
             engine=f"{self.engine.name} {self.engine.versions.get(self.engine.name, '')}".strip(),
             profile=self.protocol.profile,
             evaluation=self.protocol.text,
+            confidence=self.method.confidence,
             metrics=self.metrics,
         )
 

@@ -14,8 +14,13 @@ from gemma_pack.reports import wording
 if TYPE_CHECKING:
     from gemma_pack.record import Metric
 
-HEADER: Final = ("measure", "base", "variant", "recovery or change", "90 % interval", "margin", "verdict")
 _PART: Final = re.compile(r"(.+)_(base|variant|recovery_percent|increase_percent)")
+
+
+def benchmark_header(confidence: float) -> tuple[str, ...]:
+    """Return the columns' names; bounds of `confidence` on both sides make a narrower interval."""
+    interval = f"{100 * (2 * confidence - 1):g} % interval"
+    return ("measure", "base", "variant", "recovery or change", interval, "margin", "verdict")
 
 
 def benchmark_rows(metrics: tuple[Metric, ...]) -> list[list[str]]:

@@ -68,7 +68,7 @@ def render_card(directory: Path) -> str:
         if _is_on_hub(record)
         else source.model_id,
         rows=benchmarks.benchmark_rows(validation.metrics) if validation else [],
-        header=benchmarks.HEADER,
+        header=benchmarks.benchmark_header(validation.confidence or 0.95) if validation else (),
         verdict_words=wording.VERDICT_WORDS,
         model=model,
         chat_prompt=CHAT_PROMPT,

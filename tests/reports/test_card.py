@@ -14,7 +14,7 @@ import yaml
 from gemma_pack.commands import run
 from gemma_pack.errors import CheckpointError
 from gemma_pack.record import Metric, Record
-from gemma_pack.reports.benchmarks import benchmark_rows
+from gemma_pack.reports.benchmarks import benchmark_header, benchmark_rows
 from gemma_pack.reports.card import INFERENCE_SERVER_IMAGE, VLLM_IMAGE, render_card, write_card
 from tests.deploy import crd
 from tests.records import quantized_record, validation_record
@@ -103,6 +103,8 @@ def test_the_benchmarks_show_both_sides_what_is_between_and_how_sure_that_is() -
         Metric(name="arc_recovery_percent", value=98.57, bound=97, opposite_bound=100.5, unit="%"),
         Metric(name="empty_answers", value=0, margin=0, verdict="pass"),
     )
+    assert benchmark_header(0.95)[4] == "90 % interval"
+    assert benchmark_header(0.975)[4] == "95 % interval", "of a second look"
     assert benchmark_rows(metrics) == [
         ["perplexity", "11.250", "11.420", "1.50 %", "1.12 to 1.88 %", "≤ 3.00 %", "PASS"],
         ["mean KL(base‖variant)", "", "", "0.0300 nats", "≤ 0.0400 nats", "≤ 0.0500 nats", "PASS"],
