@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TOKENS_A_PRODUCT = 128
+_TOKENS_A_PRODUCT = 256
 """Rows of logits made by one product with the head: enough to use the matrix unit well."""
 _TOKENS_A_ROW_BLOCK = 8
 """Rows of logits worked on in float32 at a time: 8 MB at a vocabulary of 262,144, which caches hold."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from gemma_pack.build import EngineChoice, validate_variant
-from gemma_pack.errors import CheckpointError, EngineError, MachineError
+from gemma_pack.errors import CheckpointError, EngineError, InvalidUsageError, MachineError
 from gemma_pack.evaluation import profiles, served
 from gemma_pack.evaluation.engines import server
 from gemma_pack.evaluation.profiles import Profile
@@ -128,6 +128,33 @@ def test_what_was_read_before_a_server_died_is_kept_and_not_read_again(
     assert len(windows) == 26
     assert len(report.windows) == 36
     assert not (tmp_path / "report.partial").exists()
+
+
+@pytest.mark.parametrize("absent", ["engine", "base_engine"])
+def test_a_server_that_is_not_there_is_missed_before_a_model_is_read(
+    variant: Path,
+    serve: Callable[[Path], FakeVllm],
+    run_validation: Callable[..., Report],
+    monkeypatch: pytest.MonkeyPatch,
+    absent: str,
+) -> None:
+    monkeypatch.setattr(served, "load", lambda *_: pytest.fail("a model was loaded"))
+    addresses = {"engine": serve(variant).address, absent: "http://127.0.0.1:9"}
+    with pytest.raises(EngineError, match=r"http://127\.0\.0\.1:9"):
+        run_validation(variant, EngineChoice(**addresses))
+
+
+def test_windows_longer_than_a_server_reads_are_refused_before_a_model_is_read(
+    variant: Path,
+    serve: Callable[[Path], FakeVllm],
+    run_validation: Callable[..., Report],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(served, "load", lambda *_: pytest.fail("a model was loaded"))
+    fake = serve(variant)
+    fake.max_model_len = 24
+    with pytest.raises(InvalidUsageError, match="reads 23 tokens at most, and a window has 48"):
+        run_validation(variant, EngineChoice(engine=fake.address))
 
 
 def test_vllm_must_be_somewhere(

@@ -101,6 +101,14 @@ class ServerReader:
         """Close the connections."""
         self._client.close()
 
+    def require_length(self, window: int) -> None:
+        """Raise InvalidUsageError unless the server reads windows of `window` tokens."""
+        if window > self.max_length:
+            raise InvalidUsageError(
+                f"{self.url} reads {self.max_length} tokens at most, and a window has {window}",
+                hint="start it with a larger --max-model-len, or use a --profile with shorter windows",
+            )
+
     def read(
         self,
         sequences: Sequence[Sequence[int]],
@@ -115,12 +123,7 @@ class ServerReader:
             EngineError: the server failed for good, or does not give log-probabilities of prompts.
             QuantizationError: the served model computes NaN.
         """
-        longest = max(map(len, sequences), default=0)
-        if longest > self.max_length:
-            raise InvalidUsageError(
-                f"{self.url} reads {self.max_length} tokens at most, and a window has {longest}",
-                hint="start it with a larger --max-model-len, or use a --profile with shorter windows",
-            )
+        self.require_length(max(map(len, sequences), default=0))
 
         def one(item: tuple[int, Sequence[int]]) -> Reading:
             place, sequence = item
