@@ -31,11 +31,19 @@ class PlanFinding:
 
 def memory_finding(memory: Memory) -> PlanFinding:
     """Hold what quantizing takes against what can be had, of a GPU and of the machine."""
-    gpus = [gpu for gpu in find_gpus() if gpu.has_bf16 and (gpu.free_bytes or 0) >= memory.device_bytes]
-    needed = memory.host_bytes if gpus else memory.without_gpu_bytes
-    on_gpu = f", and {format_bytes(memory.device_bytes)} of {gpus[0].name}" if gpus and memory.device_bytes else ""
+    fitting = [
+        (gpu, on_gpu)
+        for on_gpu in (memory, memory.streamed)
+        for gpu in find_gpus()
+        if on_gpu and gpu.has_bf16 and (gpu.free_bytes or 0) >= on_gpu.device_bytes
+    ]
+    needed, where = memory.without_gpu_bytes, ""
+    if fitting:
+        gpu, on_gpu = fitting[0]
+        needed = on_gpu.host_bytes
+        where = f", and {format_bytes(on_gpu.device_bytes)} of {gpu.name}" if on_gpu.device_bytes else ""
     available = available_memory()
-    text = f"quantizing takes up to {format_bytes(needed)}{on_gpu}"
+    text = f"quantizing takes up to {format_bytes(needed)}{where}"
     if available is None:
         return PlanFinding(subject="memory", state="ok", text=f"{text}; this system does not say how much is available")
     text = f"{text}; {format_bytes(available)} are available"

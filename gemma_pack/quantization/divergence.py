@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemma_pack.quantization.memory import TOKENS_A_PRODUCT
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TOKENS_A_PRODUCT = 256
-"""Rows of logits made by one product with the head: enough to use the matrix unit well."""
 _TOKENS_A_ROW_BLOCK = 8
 """Rows of logits worked on in float32 at a time: 8 MB at a vocabulary of 262,144, which caches hold."""
 
@@ -25,8 +25,8 @@ class _KlToBase(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, base_hidden: Tensor, head: Tensor, soft_cap: float | None) -> Tensor:  # noqa: ANN401 - torch's own
         gradient = torch.empty_like(hidden)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        for start in range(0, len(hidden), _TOKENS_A_PRODUCT):
-            span = slice(start, start + _TOKENS_A_PRODUCT)
+        for start in range(0, len(hidden), TOKENS_A_PRODUCT):
+            span = slice(start, start + TOKENS_A_PRODUCT)
             logits, base_logits = hidden[span] @ head.T, base_hidden[span] @ head.T
             for row in range(0, len(logits), _TOKENS_A_ROW_BLOCK):
                 rows = slice(row, row + _TOKENS_A_ROW_BLOCK)

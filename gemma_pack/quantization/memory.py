@@ -21,7 +21,7 @@ from gemma_pack.gemma import (
 
 if TYPE_CHECKING:
     from gemma_pack.checkpoint import Checkpoint
-    from gemma_pack.recipe import Calibration, Recipe, Refinement
+    from gemma_pack.recipe import Calibration, Recipe
 
 LIBRARIES_BYTES: Final = 500_000_000
 """Python, torch and compressed-tensors with what it imports: 0.60 GB at the peak with the pieces (measured)."""
@@ -29,6 +29,8 @@ MODEL_LIBRARIES_BYTES: Final = 900_000_000
 """With transformers and llm-compressor, 0.55 GB after the imports (measured), and what their first calls add."""
 TOKENS_A_BATCH: Final = 4096
 """In one forward call of the calibrated path."""
+TOKENS_A_PRODUCT: Final = 256
+"""Rows of logits made by one product with the head: enough to use the matrix unit well."""
 _PIECES_BYTES: Final = 200_000_000
 """Pieces of weights under way in the threads of the data-free path."""
 _BF16: Final = 2
@@ -41,6 +43,8 @@ class Memory:
 
     host_bytes: int
     device_bytes: int
+    streamed: Memory | None = None
+    """What it is on a GPU too small for that, where refinement can keep the layers' weights in host memory."""
 
     @property
     def without_gpu_bytes(self) -> int:
@@ -60,11 +64,47 @@ def peak_memory(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration
     )
     if recipe.refinement is None:
         return layerwise
-    kept = recipe.refinement.windows * recipe.refinement.sequence_length * hidden * _BF16
-    end_to_end = Memory(
-        host_bytes=MODEL_LIBRARIES_BYTES + kept, device_bytes=_end_to_end_bytes(checkpoint, recipe.refinement)
+    kept = MODEL_LIBRARIES_BYTES + recipe.refinement.windows * recipe.refinement.sequence_length * hidden * _BF16
+    resident = Memory(host_bytes=kept, device_bytes=refinement_bytes(checkpoint, recipe))
+    streamed = Memory(
+        host_bytes=max(layerwise.host_bytes, kept + checkpoint.size_bytes),
+        device_bytes=max(layerwise.device_bytes, streamed_refinement_bytes(checkpoint, recipe)),
     )
-    return max(layerwise, end_to_end, key=lambda memory: memory.without_gpu_bytes)
+    larger = max(layerwise, resident, key=lambda memory: memory.without_gpu_bytes)
+    return Memory(
+        host_bytes=larger.host_bytes,
+        device_bytes=larger.device_bytes,
+        streamed=streamed if streamed.device_bytes < larger.device_bytes else None,
+    )
+
+
+def refinement_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Return what tuning the scales of the whole model takes where it computes.
+
+    Model and codes at once, the optimizer, activations kept for the gradient, and a few rows of logits.
+    """
+    shapes = _linears(checkpoint)
+    codes = sum(rows * columns for rows, columns in shapes)
+    activations = _tokens_a_step(recipe) * sum(rows for rows, _ in shapes) * 3 * _BF16
+    return checkpoint.size_bytes + codes + _optimizer_bytes(shapes, recipe) + activations + _logits_bytes(checkpoint)
+
+
+def streamed_refinement_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Return what it takes where layers come from host memory when they compute, and go again.
+
+    All that is not a layer's weight matrix, the optimizer, the layers' inputs, one layer whole with its activations,
+    the product of the largest matrix with its gradient, and a few rows of logits.
+    """
+    shapes = _linears(checkpoint)
+    tokens = _tokens_a_step(recipe)
+    others = checkpoint.size_bytes - sum(rows * columns for rows, columns in shapes) * _BF16
+    inputs = tokens * decoder_number(checkpoint.config, "hidden_size") * len(_layers(checkpoint)) * _BF16
+    layer = max(
+        _weights_bytes(checkpoint, layer) + tokens * sum(_shape(checkpoint, n)[0] for g in layer for n in g) * 3 * _BF16
+        for layer in _layers(checkpoint)
+    )
+    gradient = 3 * max(rows * columns for rows, columns in shapes) * _BF16
+    return others + _optimizer_bytes(shapes, recipe) + inputs + layer + gradient + _logits_bytes(checkpoint)
 
 
 def _layerwise_bytes(checkpoint: Checkpoint, sequence_length: int) -> int:
@@ -94,14 +134,24 @@ def _layer_work_bytes(checkpoint: Checkpoint, layer: list[list[str]], sequence_l
     return hessians + max(rounding, forward)
 
 
-def _end_to_end_bytes(checkpoint: Checkpoint, refinement: Refinement) -> int:
-    """Model and codes at once, activations kept for the gradient, and a few rows of logits."""
-    linears = {f"{name}.weight" for layer in _layers(checkpoint) for group in layer for name in group}
-    codes = sum(math.prod(checkpoint.tensors[name].shape) for name in linears)
-    rows = sum(checkpoint.tensors[name].shape[0] for name in linears)
-    tokens = refinement.windows_a_step * refinement.sequence_length
+def _linears(checkpoint: Checkpoint) -> list[tuple[int, int]]:
+    return [_shape(checkpoint, name) for layer in _layers(checkpoint) for group in layer for name in group]
+
+
+def _tokens_a_step(recipe: Recipe) -> int:
+    return recipe.refinement.windows_a_step * recipe.refinement.sequence_length if recipe.refinement else 0
+
+
+def _optimizer_bytes(shapes: list[tuple[int, int]], recipe: Recipe) -> int:
+    """In float32: the scales as they were, their change, its gradient, and Adam's two moments."""
+    groups = sum(rows * math.ceil(columns / recipe.columns_divisor) for rows, columns in shapes)
+    return 5 * groups * _FLOAT32
+
+
+def _logits_bytes(checkpoint: Checkpoint) -> int:
+    """Of the model and the base, and one more copy."""
     vocabulary = _embedding_bytes(checkpoint) // _BF16 // decoder_number(checkpoint.config, "hidden_size")
-    return checkpoint.size_bytes + codes + tokens * rows * 3 * _BF16 + 3 * 128 * vocabulary * _FLOAT32
+    return 3 * TOKENS_A_PRODUCT * vocabulary * _BF16
 
 
 def _embedding_bytes(checkpoint: Checkpoint) -> int:

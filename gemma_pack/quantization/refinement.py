@@ -18,19 +18,19 @@ import numpy as np
 import torch
 
 from gemma_pack.errors import QuantizationError
-from gemma_pack.gemma import attention_implementation, text_config
+from gemma_pack.gemma import text_config
 from gemma_pack.quantization.divergence import kl_to_base
-from gemma_pack.quantization.packing import unpack_codes
 from gemma_pack.quantization.scheme import quantization_scheme
+from gemma_pack.quantization.tuned_model import load_base, must_stream, replace_rounded
 
 if TYPE_CHECKING:
-    from compressed_tensors.quantization import QuantizationScheme
     from torch import Tensor
 
     from gemma_pack.checkpoint import Checkpoint
     from gemma_pack.console import Reporter
     from gemma_pack.quantization.journal import Journal
     from gemma_pack.quantization.ranks import Ranks
+    from gemma_pack.quantization.tuned_model import TunedLinear
     from gemma_pack.recipe import Recipe, Refinement
 
 _EVERY = 25
@@ -45,51 +45,6 @@ class Refined:
     """The step whose scales were kept."""
     kl_before_nats: float
     kl_after_nats: float
-
-
-class _ScaledProduct(torch.autograd.Function):
-    """x Wᵀ with W = codes · scale, which is made anew in each direction instead of being kept."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, codes: Tensor, scale: Tensor) -> Tensor:  # noqa: ANN401 - torch's own
-        ctx.save_for_backward(inputs, codes, scale)
-        return inputs @ _weight(codes, scale).T
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, Tensor]:  # noqa: ANN401 - torch's own
-        inputs, codes, scale = ctx.saved_tensors
-        (gradient,) = grad_outputs
-        by_weight = gradient.flatten(0, -2).T @ inputs.flatten(0, -2)
-        rows, groups = scale.shape
-        by_scale = (by_weight.view(rows, groups, -1) * codes.view(rows, groups, -1)).sum(-1, dtype=torch.float32)
-        return gradient @ _weight(codes, scale), None, by_scale.to(scale.dtype)
-
-
-def _weight(codes: Tensor, scale: Tensor) -> Tensor:
-    """Return bfloat16 [rows, columns], the product that a server computes with."""
-    rows, groups = scale.shape
-    return (codes.to(torch.bfloat16).view(rows, groups, -1) * scale.unsqueeze(-1)).view(rows, -1)
-
-
-class TunedLinear(torch.nn.Module):
-    """A linear layer with fixed codes and a trainable scale."""
-
-    def __init__(self, codes: Tensor, scale: Tensor, device: torch.device) -> None:
-        """Start from int8 codes [rows, columns] and the scales [rows, groups] that they were rounded by."""
-        super().__init__()
-        self.codes = codes.to(device)
-        self.start = scale.to(device, torch.float32)
-        self.log_change = torch.nn.Parameter(torch.zeros_like(self.start))
-
-    def scale(self) -> Tensor:
-        """Return the scale as it is stored: bfloat16, with the gradient of the unrounded one."""
-        exact = self.start * self.log_change.exp()
-        return (exact + (exact.to(torch.bfloat16) - exact).detach()).to(torch.bfloat16)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return inputs times the weight, transposed."""
-        output: Tensor = _ScaledProduct.apply(inputs, self.codes, self.scale())  # type: ignore[no-untyped-call]
-        return output
 
 
 def refine_scales(
@@ -122,10 +77,12 @@ def refine_scales(
     if (done := journal.load("refined-result")) is not None:
         step, before, after = done["result"].tolist()
         return Refined(int(step), before, after)
-    model = _load(checkpoint, device)
+    streamed = must_stream(checkpoint, recipe, device)
+    model = load_base(checkpoint, device, streamed=streamed)
     windows = torch.from_numpy(ids).long()
     loss = _Loss(model, checkpoint, windows, device, ranks)
-    tuning = _Tuning(_replace(model, journal, quantization_scheme(recipe), device), settings)
+    modules = replace_rounded(model, journal, quantization_scheme(recipe), device, streamed=streamed)
+    tuning = _Tuning(modules, settings)
     held_out = torch.arange(settings.held_out)
     order = settings.held_out + _order(len(windows) - settings.held_out, settings)
     with reporter.progress("refine scales", settings.steps) as task:
@@ -256,42 +213,6 @@ class _Tuning:
                 "exp_avg": state[f"mean.{name}"].to(parameter.device),
                 "exp_avg_sq": state[f"square.{name}"].to(parameter.device),
             }
-
-
-def _load(checkpoint: Checkpoint, device: torch.device) -> Any:  # noqa: ANN401 - a transformers model
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.directory,
-        dtype=torch.bfloat16,
-        attn_implementation=attention_implementation(checkpoint.config),
-        local_files_only=True,
-    )
-    return model.to(device).eval().requires_grad_(requires_grad=False)
-
-
-def _replace(
-    model: Any,  # noqa: ANN401 - a transformers model
-    journal: Journal,
-    scheme: QuantizationScheme,
-    device: torch.device,
-) -> dict[str, TunedLinear]:
-    """Put a `TunedLinear` in the place of each rounded layer; names are those of the checkpoint's tensors."""
-    decoder = model.get_decoder()
-    modules = {}
-    for path in journal.layers():
-        tensors = journal.load(path.stem) or {}
-        for key in sorted(tensors):  # safetensors gives them in another order in each process
-            if not key.endswith(".weight_packed"):
-                continue
-            name = key.removesuffix(".weight_packed")
-            parent, _, own = name[name.index("layers.") :].rpartition(".")
-            codes, scale = unpack_codes(name, tensors, scheme)
-            modules[name] = TunedLinear(codes, scale, device)
-            setattr(decoder.get_submodule(parent), own, modules[name])
-    return modules
 
 
 def _order(windows: int, settings: Refinement) -> Tensor:

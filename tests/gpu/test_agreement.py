@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 from gemma_pack.build import CalibrationChoice, quantize_model
 from gemma_pack.console import Console
+from gemma_pack.quantization import refinement
 from gemma_pack.quantization.packing import unpack
 from gemma_pack.quantization.scheme import quantization_scheme
-from gemma_pack.recipe import load_recipe
+from gemma_pack.recipe import load_recipe, shipped_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,5 +62,23 @@ def test_the_same_device_gives_the_same_bytes(tiny_checkpoint: Path, tmp_path: P
         ).directory
         for name in ("a", "b")
     ]
+    for path in made[0].glob("*.safetensors"):
+        assert path.read_bytes() == (made[1] / path.name).read_bytes()
+
+
+def test_refinement_with_its_layers_in_host_memory_gives_the_same_bytes(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "short.yaml"
+    recipe.write_text(shipped_text("w4a16").replace("sequence_length: 256", "sequence_length: 64"), "utf-8")
+    made = []
+    for name, streamed in (("resident", False), ("streamed", True)):
+        monkeypatch.setattr(refinement, "must_stream", lambda *_, streamed=streamed: streamed)
+        target = tmp_path / name
+        made.append(
+            quantize_model(
+                str(tiny_checkpoint), str(recipe), target, CHOICE, device="cuda", reporter=Console("quiet")
+            ).directory
+        )
     for path in made[0].glob("*.safetensors"):
         assert path.read_bytes() == (made[1] / path.name).read_bytes()

@@ -125,6 +125,24 @@ def test_a_gpu_takes_what_would_lie_in_memory(
     assert "8.9" in limited["text"]
 
 
+def test_refining_27_billion_parameters_fits_a_card_of_24_gb_when_its_layers_stay_in_host_memory(
+    hollow: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = str(hollow("gemma-3-27b-it"))
+    monkeypatch.setattr(findings.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000 * GB}))
+    monkeypatch.setattr(findings, "available_memory", lambda: 1000 * GB)
+    plan = planned([directory, "-r", "w4a16"], capsys)
+    assert plan["gpu_memory_bytes"] > plan["base_bytes"]
+    card = Gpu(name="card", total_bytes=24 * GB, free_bytes=23 * GB, driver="580", capability=(8, 9))
+    monkeypatch.setattr(findings, "find_gpus", lambda: [card])
+    monkeypatch.setattr(findings, "available_memory", lambda: 64 * GB)
+    found = finding(planned([directory, "-r", "w4a16"], capsys), "memory")
+    assert found["state"] == "ok"
+    assert "of card" in found["text"]
+    monkeypatch.setattr(findings, "available_memory", lambda: plan["base_bytes"])
+    assert finding(planned([directory, "-r", "w4a16"], capsys, code=12), "memory")["state"] == "broken"
+
+
 def test_bitsandbytes_is_for_transformers_alone(
     hollow: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

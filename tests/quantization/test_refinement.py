@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from gemma_pack.checkpoint import file_sha256
 from gemma_pack.errors import QuantizationError
 from gemma_pack.quantization import refinement
 from gemma_pack.quantization.divergence import kl_to_base
-from gemma_pack.quantization.refinement import TunedLinear
+from gemma_pack.quantization.tuned_model import TunedLinear
 from gemma_pack.quantization.variant import quantize
 from gemma_pack.texts import load_windows
 from tests.quantization.conftest import RECIPE
@@ -125,6 +125,26 @@ def test_an_interrupted_refinement_goes_on_and_ends_with_the_same_bytes(
     assert len(steps) == 60 - 40  # the last state was kept at step 40
     for path in whole.directory.iterdir():
         assert file_sha256(path) == file_sha256(resumed.directory / path.name)
+
+
+def test_layers_that_stay_in_host_memory_are_tuned_to_the_same_bytes(
+    refining_job: Job, tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = quantize(refining_job, tmp_path / "whole", reporter)
+    monkeypatch.setattr(refinement, "must_stream", lambda *_: True)
+    layers: list[bool] = []
+    original = refinement.replace_rounded
+
+    def replaced(model: Any, *others: Any, **settings: Any) -> dict[str, TunedLinear]:
+        layers.extend(parameter.is_meta for parameter in model.get_decoder().layers.parameters())
+        return original(model, *others, **settings)
+
+    monkeypatch.setattr(refinement, "replace_rounded", replaced)
+    streamed = quantize(refining_job, tmp_path / "streamed", reporter)
+    assert layers
+    assert all(layers), "what computes keeps no weight of a layer"
+    for path in whole.directory.iterdir():
+        assert file_sha256(path) == file_sha256(streamed.directory / path.name)
 
 
 def test_a_rate_that_makes_it_worse_keeps_the_scales_that_it_began_with(
