@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
+import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +37,6 @@ def test_builders_and_package_agree_on_every_file(
     tmp_path: Path,
     tool: Callable[[str], str],
 ) -> None:
-    import modelcar_base_image
-
     directory = raw_checkpoint(
         shards=shards,
         files=dict.fromkeys(
@@ -49,18 +49,65 @@ def test_builders_and_package_agree_on_every_file(
     )  # fmt: skip
     for path in directory.iterdir():
         path.chmod(0o600)
+    built = build(directory, tmp_path / "built", container_storage, tool, builder, f"--layers={layers}")
+    ours = package(directory, tmp_path / "ours", reporter=Console("quiet")).layout
+    assert unpack(built, GOARCH) == unpack(ours, GOARCH)
+
+
+@pytest.mark.skipif(GOARCH not in {"amd64", "arm64"}, reason="the embedded base is for amd64 and arm64")
+def test_a_builder_told_the_time_writes_the_same_tar_headers(
+    raw_checkpoint: Callable[..., Path], container_storage: Any, tmp_path: Path, tool: Callable[[str], str]
+) -> None:
+    """Builders cut layers elsewhere and repeat directories; what a layer says of a file is the same on both roads."""
+    directory = raw_checkpoint(shards=12)
+    options = ("--layers=true", "--timestamp=0")
+    built = layers_of(build(directory, tmp_path / "built", container_storage, tool, "buildah", *options))
+    ours = layers_of(package(directory, tmp_path / "ours", reporter=Console("quiet")).layout)
+    assert built[0] == ours[0], "the base's"
+    assert set().union(*built[1:]) == set().union(*ours[1:])
+    shards = [sum(".safetensors" in name for name, *_ in layer) for layer in built[2:-1]]
+    assert shards == [1, 3, 3, 2, 2, 2]
+    named = [{name for name, *_ in layer} for layers in (built, ours) for layer in (layers[1], layers[-1])]
+    assert all("models/tokenizer.json" in first for first in named[::2])
+    assert all("models/README.md" in last for last in named[1::2])
+
+
+def build(directory: Path, layout: Path, storage: Any, tool: Callable[[str], str], builder: str, *options: str) -> Path:
+    """Build the image of `directory` as the Containerfile says, and copy it to an OCI layout."""
+    import modelcar_base_image
+
     embedded = Path(modelcar_base_image.__file__).parent / "embedded_oci_layout"
-    storage = container_storage.prefix
-    build = f"build --quiet --layers={layers} --isolation chroot --pull=never --build-arg BASE={BASE} --tag {BUILT}"
+    arguments = f"build --quiet --isolation chroot --pull=never --build-arg BASE={BASE} --tag {BUILT}".split()
     commands = [
-        [tool("skopeo"), "copy", "--quiet", f"oci:{embedded}", storage + BASE],
-        [tool(builder), *container_storage.options, *build.split(), "--file", str(CONTAINERFILE), str(directory)],
-        [tool("skopeo"), "copy", "--quiet", storage + BUILT, f"oci:{tmp_path}/built"],
+        [tool("skopeo"), "copy", "--quiet", f"oci:{embedded}", storage.prefix + BASE],
+        [tool(builder), *storage.options, *arguments, *options, "--file", str(CONTAINERFILE), str(directory)],
+        [tool("skopeo"), "copy", "--quiet", storage.prefix + BUILT, f"oci:{layout}"],
     ]
     for command in commands:
         subprocess.run(command, check=True, timeout=120, capture_output=True)
-    ours = package(directory, tmp_path / "ours", reporter=Console("quiet")).layout
-    assert unpack(tmp_path / "built", GOARCH) == unpack(ours, GOARCH)
+    return layout
+
+
+def layers_of(layout: Path) -> list[set[tuple[Any, ...]]]:
+    """Return what each layer of the image in a layout says of its members."""
+
+    def document(digest: str) -> Any:
+        return json.loads((layout / "blobs" / digest.replace(":", "/")).read_text())
+
+    (entry,) = json.loads((layout / "index.json").read_text())["manifests"]
+    manifest = document(entry["digest"])
+    if "manifests" in manifest:
+        (found,) = [one for one in manifest["manifests"] if one["platform"]["architecture"] == GOARCH]
+        manifest = document(found["digest"])
+    layers = []
+    for layer in manifest["layers"]:
+        with tarfile.open(layout / "blobs" / layer["digest"].replace(":", "/")) as tar:
+            layers.append({
+                (one.name, one.type, one.mode & 0o7777, one.uid, one.gid, one.uname, one.gname, one.mtime, one.size,
+                 tuple(one.pax_headers))
+                for one in tar
+            })  # fmt: skip
+    return layers
 
 
 def test_the_default_base_is_named_with_its_version() -> None:
