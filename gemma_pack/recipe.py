@@ -44,6 +44,8 @@ class Gptq(_Part):
     """Share of the mean of the Hessian's diagonal that is added to it."""
     block_size: Literal[32, 64, 128, 256] = 128
     """Columns quantized between two updates of the rest."""
+    sink_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Share of the Hessian that the windows' <bos> makes, which every later token attends to; 0: a token as any."""
 
 
 class Smoothing(_Part):

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
     from gemma_pack.checkpoint import Checkpoint
     from gemma_pack.console import Reporter
+    from gemma_pack.quantization.input_statistics import InputStatistics
     from gemma_pack.quantization.journal import Journal
     from gemma_pack.quantization.ranks import Ranks
-    from gemma_pack.quantization.rounding import InputStatistics
     from gemma_pack.recipe import Recipe
 
 EQUIVALENCE = "equivalence"

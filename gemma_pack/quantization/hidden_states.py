@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 
-from gemma_pack.quantization.rounding import InputStatistics
+from gemma_pack.quantization.input_statistics import InputStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

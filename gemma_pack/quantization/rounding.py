@@ -8,12 +8,10 @@ rounded as one matrix. On a GPU the kernel is llm-compressor's in Triton, elsewh
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from compressed_tensors.quantization import QuantizationStrategy, QuantizationType, fake_quantize
-from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
 from gemma_pack.errors import QuantizationError
@@ -22,91 +20,13 @@ from gemma_pack.quantization.packing import RoundedLinear
 from gemma_pack.quantization.scales import choose_scale
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from compressed_tensors.quantization import QuantizationArgs
     from torch import Tensor
 
-    from gemma_pack.quantization.ranks import Ranks
+    from gemma_pack.quantization.input_statistics import InputStatistics
     from gemma_pack.recipe import Gptq, Recipe
-
-
-@contextmanager
-def _matrix_unit() -> Iterator[None]:
-    """Let float32 products whose factors are bfloat16 values use the matrix unit, for these products alone.
-
-    Left on, it would round factors that are no bfloat16 values too: Gemma's rotary embedding is a float32 product of
-    positions and frequencies, and with rounded positions the perplexity of Gemma 3 270M rises from 15.4 to 17.9.
-    """
-    matmuls = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
-    before = [matmul.fp32_precision for matmul in matmuls]
-    try:
-        for matmul, precision in zip(matmuls, ("bf16", "tf32"), strict=True):
-            matmul.fp32_precision = precision
-        yield
-    finally:
-        for matmul, precision in zip(matmuls, before, strict=True):
-            matmul.fp32_precision = precision
-
-
-class InputStatistics:
-    """What calibration learns about the inputs of a group of linears: 2 X Xᵀ / tokens, and the largest magnitudes.
-
-    Activations are bfloat16, whose products are exact in float32; the matrix unit may therefore take them as
-    bfloat16 (AMX on a CPU) or TF32 (on a GPU) and only has to add in float32.
-    """
-
-    def __init__(self, columns: int, device: torch.device) -> None:
-        """Start from nothing; `columns` is the width of the input."""
-        self.total = torch.zeros((columns, columns), dtype=torch.float32, device=device)
-        self.largest = torch.zeros(columns, dtype=torch.float32, device=device)
-        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
-
-    def add(self, inputs: Tensor) -> None:
-        """Add bfloat16 inputs [..., columns]."""
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        exact = rows.float()
-        with _matrix_unit():
-            self.total.addmm_(exact.T, exact)
-        self.largest = torch.maximum(self.largest, torch.maximum(rows.amax(0), -rows.amin(0)).float())
-        self.tokens += rows.shape[0]
-
-    def merge(self, ranks: Ranks) -> None:
-        """Take in what the other processes have seen."""
-        ranks.add(self.total)
-        ranks.add(self.tokens)
-        ranks.maximum(self.largest)
-
-    def divided(self, factors: Tensor) -> InputStatistics:
-        """Return the statistics of the same inputs divided by float32 [columns]."""
-        smaller = InputStatistics(len(factors), self.total.device)
-        smaller.total = self.total / factors / factors[:, None]
-        smaller.largest = self.largest / factors.abs()
-        smaller.tokens = self.tokens
-        return smaller
-
-    def hessian(self) -> Tensor:
-        """Return 2 X Xᵀ / tokens, float32 [columns, columns].
-
-        Raises:
-            QuantizationError: an input was not finite.
-        """
-        mean = self.total * (2.0 / self.tokens.clamp_min(1))
-        if not torch.isfinite(mean).all():
-            raise QuantizationError(
-                "the calibration activations are not finite",
-                hint="check the checkpoint: validate it against its source",
-            )
-        return mean
-
-    def scale(self, arguments: QuantizationArgs) -> Tensor:
-        """Return the static scale [1] of these inputs: bfloat16 per tensor, or NVFP4's float32 global scale."""
-        span = self.largest.max().reshape(1)
-        if arguments.strategy == QuantizationStrategy.TENSOR_GROUP:
-            global_scale: Tensor = generate_gparam(-span, span)
-            return global_scale.float()
-        scale: Tensor = calculate_qparams(-span, span, arguments)[0]
-        return scale.to(torch.bfloat16)
 
 
 def round_group(
@@ -145,16 +65,17 @@ def _round(
     if statistics is None or recipe.algorithm == "nearest":
         nearest = fake_quantize(weight, scale, None, arguments, global_scale=global_scale)
         return RoundedLinear(nearest.float(), scale, global_scale)
+    hessian = statistics.hessian(recipe.gptq.sink_share)
     if weight.is_cuda:
         rounded = _gptq_by_triton(
-            weight, scale, global_scale, hessian=statistics.hessian(), arguments=arguments, settings=recipe.gptq
+            weight, scale, global_scale, hessian=hessian, arguments=arguments, settings=recipe.gptq
         )
     else:
         exact = scale.float() if global_scale is None else scale.float() / global_scale
         rounded = gptq(
             weight,
             _expanded(exact, weight, arguments),
-            statistics.hessian(),
+            hessian,
             _codes(arguments),
             dampening=recipe.gptq.dampening,
             block=recipe.gptq.block_size,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from gemma_pack.quantization.rounding import InputStatistics
+    from gemma_pack.quantization.input_statistics import InputStatistics
 
 _SMALLEST = 1e-5
 """Below this a channel counts as silent (SmoothQuant's own clamp)."""

@@ -9,7 +9,8 @@ from gemma_pack.quantization.gptq import gptq
 from gemma_pack.quantization.rounding import round_group
 from gemma_pack.quantization.scales import choose_scale
 from gemma_pack.quantization.scheme import quantization_scheme
-from tests.quantization.test_rounding import correlated_inputs, of_scheme, random_weight, statistics_of
+from tests.quantization.test_input_statistics import correlated_inputs, statistics_of
+from tests.quantization.test_rounding import of_scheme, random_weight
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8", "NVFP4"])
@@ -20,7 +21,7 @@ def test_the_codes_are_those_of_llm_compressors_kernel(scheme: str) -> None:
     scale, global_scale = choose_scale(weight.float(), arguments, recipe.observer)
     theirs = quantize_weight(
         weights=weight.float()[None].clone(),
-        hessians=statistics.hessian()[None],
+        hessians=statistics.hessian(0)[None],
         scale=scale.float()[None],  # else its dequantized weights are rounded to the scales' bfloat16
         zero_point=torch.zeros_like(scale, dtype=arguments.zp_dtype)[None],
         global_scale=None if global_scale is None else global_scale.reshape(1),
@@ -37,7 +38,7 @@ def test_an_input_that_is_always_zero_leaves_its_weights_rounded_to_nearest() ->
     inputs[:, 7] = 0
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     rounded = gptq(
-        weight, torch.full_like(weight, 0.25), statistics_of(inputs).hessian(), torch.round, dampening=0.01, block=32
+        weight, torch.full_like(weight, 0.25), statistics_of(inputs).hessian(0), torch.round, dampening=0.01, block=32
     )
     assert torch.equal(rounded[:, 7], (weight[:, 7] / 0.25).round() * 0.25)
 

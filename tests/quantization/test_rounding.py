@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 
 from gemma_pack.errors import QuantizationError
 from gemma_pack.quantization.packing import pack, unpack
-from gemma_pack.quantization.rounding import InputStatistics, round_group
+from gemma_pack.quantization.rounding import round_group
 from gemma_pack.quantization.scheme import quantization_scheme
-from gemma_pack.recipe import Recipe, parse_recipe
+from gemma_pack.recipe import Gptq, Recipe, parse_recipe
 from tests.quantization.conftest import RECIPE
+from tests.quantization.test_input_statistics import correlated_inputs, statistics_of
 
 GPTQ = parse_recipe(RECIPE, origin="tiny.yaml")
+PLAIN = Gptq(sink_share=0)  # random inputs have no <bos>
 NEAREST = GPTQ.model_copy(update={"algorithm": "nearest"})
 SCHEMES = ["W4A16", "W8A16", "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4"]
 
@@ -22,34 +24,11 @@ def arguments(recipe: Recipe = GPTQ) -> object:
 
 
 def of_scheme(scheme: str, algorithm: str) -> Recipe:
-    return GPTQ.model_copy(update={"scheme": scheme, "group_size": None, "algorithm": algorithm})
-
-
-def correlated_inputs(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """Inputs as a model has them: a few directions carry most of the variance."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator) * torch.logspace(0, -2, columns)[:, None]
-    return (torch.randn(tokens, columns, generator=generator) @ mixing).to(torch.bfloat16)
-
-
-def statistics_of(inputs: torch.Tensor) -> InputStatistics:
-    statistics = InputStatistics(inputs.shape[-1], torch.device("cpu"))
-    statistics.add(inputs)
-    return statistics
+    return GPTQ.model_copy(update={"scheme": scheme, "group_size": None, "algorithm": algorithm, "gptq": PLAIN})
 
 
 def random_weight(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
-
-
-def test_the_hessian_is_twice_the_mean_outer_product() -> None:
-    inputs = correlated_inputs(300, 64)
-    statistics = InputStatistics(64, torch.device("cpu"))
-    for part in inputs.reshape(3, 100, 64).split(2):
-        statistics.add(part)
-    exact = 2 * inputs.double().T @ inputs.double() / 300
-    assert torch.allclose(statistics.hessian().double(), exact, rtol=1e-5, atol=1e-5 * float(exact.max()))
-    assert torch.equal(statistics.largest, inputs.float().abs().amax(0))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemma_pack.quantization.rounding import InputStatistics
+from gemma_pack.quantization.input_statistics import InputStatistics
 from gemma_pack.quantization.transforms import smooth, smoothed_weights
 
 MLP = "model.layers.0.mlp"
@@ -45,7 +45,7 @@ def inner(inputs: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.T
 
 def statistics_of(inputs: torch.Tensor) -> InputStatistics:
     statistics = InputStatistics(inputs.shape[-1], torch.device("cpu"))
-    statistics.add(inputs.to(torch.bfloat16))
+    statistics.add(inputs.to(torch.bfloat16)[None])
     return statistics
 
 
