@@ -216,6 +216,7 @@ def _answers(report: Report, asked: ValidationPart) -> bool:
 
 def _package(plan: BuildFile, directory: Path, reporter: Reporter) -> tuple[BuiltImage, ...]:
     """Pack the variant in the layouts that the plan asks for."""
+    from gemma_pack.oci.base import BaseChoice
     from gemma_pack.oci.manifest import Platform
     from gemma_pack.oci.package import package
     from gemma_pack.oci.package_pair import package_pair
@@ -225,15 +226,15 @@ def _package(plan: BuildFile, directory: Path, reporter: Reporter) -> tuple[Buil
     artifact = directory.with_name(f"{directory.name}.artifact.oci")
     for layout in (modelcar, artifact):
         _discard_stale(layout, directory)
-    platforms = [Platform.parse(text) for text in asked.platforms]
+    base = BaseChoice(asked.base, tuple(Platform.parse(text) for text in asked.platforms))
     packed: tuple[PackageResult, ...]
     if asked.layout == "both":
-        pair = package_pair(directory, modelcar, artifact, base=asked.base, platforms=platforms, reporter=reporter)
+        pair = package_pair(directory, modelcar, artifact, base=base, reporter=reporter)
         packed = (pair.modelcar, pair.artifact)
     elif asked.layout == "artifact":
         packed = (package(directory, artifact, kind="artifact", reporter=reporter),)
     else:
-        packed = (package(directory, modelcar, base=asked.base, platforms=platforms, reporter=reporter),)
+        packed = (package(directory, modelcar, base=base, reporter=reporter),)
     return tuple(BuiltImage(kind=one.kind, layout=one.layout, digest=one.digest) for one in packed)
 
 

@@ -12,8 +12,9 @@ from gemma_pack.console import Console
 from gemma_pack.errors import InvalidUsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from gemma_pack.oci.base import BaseChoice
     from gemma_pack.oci.manifest import Platform
 
 F = TypeVar("F", bound="Callable[..., Any]")
@@ -67,6 +68,35 @@ def registry_options(command: F) -> F:
         help="PEM file of a CA to trust besides those of the system.",
     )
     return plain_http(ca_file(command))
+
+
+def base_options(command: F) -> F:
+    """Give a command that packs a checkpoint `--base` and `--platform`; `chosen_base` reads them."""
+    base = click.option(
+        "--base",
+        default="embedded",
+        show_default=True,
+        metavar="embedded|none|LAYOUT|REF",
+        help="What lies under a modelcar's weights: KServe's own link-and-wait binary, nothing, or an image in a "
+        "layout or a registry.",
+    )
+    platform = click.option(
+        "--platform",
+        multiple=True,
+        metavar="OS/ARCH",
+        help="For which platform a modelcar is; may be given several times.  [default: all that the base has]",
+    )
+    return base(platform(command))
+
+
+def chosen_base(
+    base: str, platform: Sequence[str], *, plain_http: bool = False, ca_file: Path | None = None
+) -> BaseChoice:
+    """Return what the options of `base_options` ask for; raise InvalidUsageError where one names no platform."""
+    from gemma_pack.oci.base import BaseChoice
+
+    platforms = tuple(parse_platform(text) for text in dict.fromkeys(platform))
+    return BaseChoice(base, platforms, plain_http=plain_http, ca_file=ca_file)
 
 
 def platform_option(command: F) -> F:

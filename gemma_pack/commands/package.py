@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_pack.commands.options import parse_platform, with_console
+from gemma_pack.commands.options import base_options, chosen_base, registry_options, with_console
 
 if TYPE_CHECKING:
     from gemma_pack.console import Console
@@ -37,20 +37,8 @@ Examples:
     help="A modelcar has the files under /models in an image, for KServe. An artifact has them as they are, one a "
     "layer, for ilab, oras and ModelPack. Both are two layouts, from one reading of each file.",
 )
-@click.option(
-    "--base",
-    default="embedded",
-    show_default=True,
-    metavar="embedded|none|LAYOUT|REF",
-    help="What lies under a modelcar's weights: KServe's own link-and-wait binary, nothing, or an image in a layout or "
-    "a registry.",
-)
-@click.option(
-    "--platform",
-    multiple=True,
-    metavar="OS/ARCH",
-    help="For which platform a modelcar is; may be given several times.  [default: all that the base has]",
-)
+@base_options
+@registry_options
 @with_console
 def command(
     directory: Path,
@@ -58,6 +46,9 @@ def command(
     layout: str,
     base: str,
     platform: tuple[str, ...],
+    *,
+    plain_http: bool,
+    ca_file: Path | None,
     console: Console,
 ) -> None:
     """Pack a checkpoint as an OCI image, in a layout on disk.
@@ -71,16 +62,16 @@ def command(
 
     named = directory if directory.name not in {"", ".."} else directory.resolve()
     target = output or named.with_name(f"{named.name}.artifact.oci" if layout == "artifact" else f"{named.name}.oci")
-    wanted = [parse_platform(text) for text in dict.fromkeys(platform)]
+    under = chosen_base(base, platform, plain_http=plain_http, ca_file=ca_file)
     results: tuple[PackageResult, ...]
     if layout == "both":
         beside = target.with_name(target.name.removesuffix(".oci") + ".artifact.oci")
-        pair = package_pair(directory, target, beside, base=base, platforms=wanted, reporter=console)
+        pair = package_pair(directory, target, beside, base=under, reporter=console)
         results = (pair.modelcar, pair.artifact)
         console.result(pair, "\n\n".join(map(_text, results)))
     else:
         kind: Kind = "artifact" if layout == "artifact" else "modelcar"
-        results = (package(directory, target, kind=kind, base=base, platforms=wanted, reporter=console),)
+        results = (package(directory, target, kind=kind, base=under, reporter=console),)
         console.result(results[0], _text(results[0]))
     for result in results:
         if result.base == "none":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma_pack.commands.options import registry_options, signing_option, with_console
+from gemma_pack.commands.options import base_options, chosen_base, registry_options, signing_option, with_console
 from gemma_pack.errors import CheckpointError, InvalidUsageError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ Examples:
     "--report", type=click.Path(path_type=Path), help="The report, or its directory  [default: beside the source]"
 )
 @click.option("--no-referrers", is_flag=True, help="Attach nothing to the image.")
+@base_options
 @signing_option
 @registry_options
 @with_console
@@ -51,6 +52,8 @@ def command(
     mount_from: tuple[str, ...],
     report: Path | None,
     sign_key: Path | None,
+    base: str,
+    platform: tuple[str, ...],
     *,
     require_verdict: bool,
     no_referrers: bool,
@@ -79,7 +82,8 @@ def command(
     if require_verdict:
         _require_verdict(found, source)
     network: Any = {"plain_http": plain_http, "ca_file": ca_file}
-    result = push(source, reference, mount_from=mount_from, **network, reporter=console)
+    under = chosen_base(base, platform)
+    result = push(source, reference, mount_from=mount_from, base=under, **network, reporter=console)
     attached: list[AttachedDocument] = []
     if not no_referrers:
         try:

@@ -78,18 +78,32 @@ class BaseImage:
     """Of the base's own manifest for this platform."""
 
 
-def load_base(spec: str, platforms: Sequence[Platform] = ()) -> tuple[BaseImage, ...]:
-    """Return the base for each platform asked for, or for all that the base has.
+@dataclass(frozen=True, slots=True)
+class BaseChoice:
+    """Which base an image shall have."""
 
-    Args:
-        spec: `embedded`, `none`, the path of an OCI layout, or a reference that begins with its registry's host.
-        platforms: in the order that the image's index shall have; empty for all.
+    spec: str = EMBEDDED
+    """`embedded`, `none`, the path of an OCI layout, or a reference that begins with its registry's host."""
+    platforms: tuple[Platform, ...] = ()
+    """In the order that the image's index shall have; empty for all that the base has."""
+    plain_http: bool = False
+    """Speak HTTP without TLS to the base's registry where it is not on this machine."""
+    ca_file: Path | None = None
+    """Certificates to trust besides the system's."""
+
+
+DEFAULT_BASE: Final = BaseChoice()
+
+
+def load_base(choice: BaseChoice) -> tuple[BaseImage, ...]:
+    """Return the base for each platform asked for, or for all that the base has.
 
     Raises:
         InvalidUsageError: the base lacks a platform, or has layers that some consumer cannot unpack.
         RegistryError: the layout is broken, or the registry has no such image.
         AccessError, OfflineError: the registry wants a login, or cannot be reached.
     """
+    spec, platforms = choice.spec, choice.platforms
     if spec == NONE:
         return tuple(BaseImage(platform=platform) for platform in platforms or DEFAULT_PLATFORMS)
     if spec == EMBEDDED:
@@ -97,7 +111,7 @@ def load_base(spec: str, platforms: Sequence[Platform] = ()) -> tuple[BaseImage,
     elif (Path(spec) / "oci-layout").is_file():
         directory, name = Path(spec), None
     elif names_registry(spec):
-        directory, name = keep_base(spec, platforms), None
+        directory, name = keep_base(choice.spec, platforms, plain_http=choice.plain_http, ca_file=choice.ca_file), None
     else:
         raise InvalidUsageError(
             f"{spec} is no OCI layout",

@@ -31,7 +31,9 @@ def names_registry(spec: str) -> bool:
     return bool(re.match(r"(localhost|[\w-]+(\.[\w-]+)+|[\w.-]+:\d+|\[[0-9a-fA-F:]+\](:\d+)?)/", spec))
 
 
-def keep_base(spec: str, platforms: Sequence[Platform] = ()) -> Path:
+def keep_base(
+    spec: str, platforms: Sequence[Platform] = (), *, plain_http: bool = False, ca_file: Path | None = None
+) -> Path:
     """Return the layout that holds the base image `spec`, a reference, for `platforms` or for all that it has.
 
     Raises:
@@ -43,7 +45,7 @@ def keep_base(spec: str, platforms: Sequence[Platform] = ()) -> Path:
     reference = parse_reference(spec)
     if reference.digest and (kept := _place(reference.digest, platforms)).is_dir():
         return kept
-    with RegistrySource(reference) as source:
+    with RegistrySource(reference, plain_http=plain_http, ca_file=ca_file) as source:
         root = source.root()
         place = _place(root.descriptor.digest, platforms)
         if not place.is_dir():

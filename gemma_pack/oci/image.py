@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from gemma_pack.errors import InvalidUsageError
-from gemma_pack.oci.base import EMBEDDED, BaseImage, FileBlob, load_base
+from gemma_pack.oci.base import DEFAULT_BASE, BaseChoice, BaseImage, FileBlob, load_base
 from gemma_pack.oci.labels import image_annotations, image_labels
 from gemma_pack.oci.layers import LayerSource, plan_layers
 from gemma_pack.oci.manifest import (
@@ -121,13 +121,12 @@ class ImagePlan:
         })  # fmt: skip
 
 
-def plan_image(checkpoint: Checkpoint, base: str = EMBEDDED, platforms: Sequence[Platform] = ()) -> ImagePlan:
+def plan_image(checkpoint: Checkpoint, base: BaseChoice = DEFAULT_BASE) -> ImagePlan:
     """Plan the modelcar image of a checkpoint.
 
     Args:
         checkpoint: with its tokenizer; its record, where it has one, becomes labels and annotations.
-        base: `embedded`, `none`, the path of an OCI layout or a reference.
-        platforms: empty for all that the base has.
+        base: what lies under the weights.
 
     Raises:
         CheckpointError: the directory lacks a tokenizer, or holds what must not go into an image.
@@ -135,7 +134,7 @@ def plan_image(checkpoint: Checkpoint, base: str = EMBEDDED, platforms: Sequence
         RegistryError: the layout of the base is broken.
     """
     checkpoint.require_tokenizer()
-    bases = load_base(base, platforms)
+    bases = load_base(base)
     layers = plan_layers(checkpoint)
     most = max(len(one.layers) for one in bases) + len(layers)
     if most > MAX_LAYERS:

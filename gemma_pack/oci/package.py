@@ -17,7 +17,7 @@ from gemma_pack.checkpoint import Checkpoint
 from gemma_pack.disk import refuse_existing, require_space
 from gemma_pack.errors import InvalidUsageError, RegistryError
 from gemma_pack.oci.artifact import ArtifactPlan, plan_artifact
-from gemma_pack.oci.base import EMBEDDED
+from gemma_pack.oci.base import DEFAULT_BASE, BaseChoice
 from gemma_pack.oci.image import ImagePlan, plan_image
 from gemma_pack.oci.layout import Layout, create_layout, hash_stream
 from gemma_pack.oci.transfer import in_parallel
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from gemma_pack.oci.image import Image
     from gemma_pack.oci.layers import Layer
     from gemma_pack.oci.layout import LayoutWriter
-    from gemma_pack.oci.manifest import Platform
 
     Plan = ImagePlan | ArtifactPlan
     Read = Callable[[Iterable[bytes], Callable[[int], None]], str]
@@ -73,8 +72,7 @@ def package(
     target: Path,
     *,
     kind: Kind = "modelcar",
-    base: str = EMBEDDED,
-    platforms: Sequence[Platform] = (),
+    base: BaseChoice = DEFAULT_BASE,
     reporter: Reporter,
 ) -> PackageResult:
     """Write the modelcar image, or the artifact, of the checkpoint in `directory` as the OCI layout `target`.
@@ -83,8 +81,7 @@ def package(
         directory: a whole checkpoint with a tokenizer.
         target: appears whole or not at all.
         kind: `modelcar` for what mounts an image, `artifact` for what downloads files.
-        base: `embedded`, `none`, the path of an OCI layout or a reference; of a modelcar only.
-        platforms: empty for all that the base has; of a modelcar only.
+        base: what lies under the weights; of a modelcar only.
         reporter: hears of progress.
 
     Raises:
@@ -96,16 +93,16 @@ def package(
     """
     refuse_inside(target, directory)
     checkpoint = Checkpoint.open(directory)
-    if kind == "artifact" and (base != EMBEDDED or platforms):
+    if kind == "artifact" and base != DEFAULT_BASE:
         raise InvalidUsageError(
             "an artifact of raw files has no base and no platform", hint="leave out --base and --platform"
         )
-    plan = plan_artifact(checkpoint) if kind == "artifact" else plan_image(checkpoint, base, platforms)
+    plan = plan_artifact(checkpoint) if kind == "artifact" else plan_image(checkpoint, base)
     already_there = (target / "oci-layout").is_file()
     image = _recognize(plan, target, reporter) if already_there else _write(plan, target, reporter)
     if kind == "artifact":
         warn_for_ilab(image, reporter)
-    return describe_package(plan, image, target, base=base, already_there=already_there)
+    return describe_package(plan, image, target, base=base.spec, already_there=already_there)
 
 
 def refuse_inside(target: Path, directory: Path) -> None:

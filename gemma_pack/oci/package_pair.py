@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from gemma_pack.checkpoint import Checkpoint
 from gemma_pack.disk import refuse_existing, require_space
 from gemma_pack.oci.artifact import plan_artifact
-from gemma_pack.oci.base import EMBEDDED
+from gemma_pack.oci.base import DEFAULT_BASE, BaseChoice
 from gemma_pack.oci.image import plan_image
 from gemma_pack.oci.layout import create_layout
 from gemma_pack.oci.package import (
@@ -30,13 +30,12 @@ from gemma_pack.oci.package import (
 from gemma_pack.oci.transfer import in_parallel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
     from gemma_pack.console import Reporter
     from gemma_pack.oci.layers import LayerSource
     from gemma_pack.oci.layout import LayoutWriter
-    from gemma_pack.oci.manifest import Platform
 
 
 class PackagedPair(BaseModel):
@@ -53,8 +52,7 @@ def package_pair(
     modelcar_target: Path,
     artifact_target: Path,
     *,
-    base: str = EMBEDDED,
-    platforms: Sequence[Platform] = (),
+    base: BaseChoice = DEFAULT_BASE,
     reporter: Reporter,
 ) -> PackagedPair:
     """Write modelcar and artifact of the checkpoint in `directory`, each file being read once for both.
@@ -66,7 +64,6 @@ def package_pair(
         modelcar_target: appears whole or not at all.
         artifact_target: the same.
         base: of the modelcar.
-        platforms: of the modelcar.
         reporter: hears of progress.
 
     Raises:
@@ -74,14 +71,14 @@ def package_pair(
     """
     if any((target / "oci-layout").is_file() for target in (modelcar_target, artifact_target)):
         return PackagedPair(
-            modelcar=package(directory, modelcar_target, base=base, platforms=platforms, reporter=reporter),
+            modelcar=package(directory, modelcar_target, base=base, reporter=reporter),
             artifact=package(directory, artifact_target, kind="artifact", reporter=reporter),
         )
     for target in (modelcar_target, artifact_target):
         refuse_inside(target, directory)
         refuse_existing(target)
     checkpoint = Checkpoint.open(directory)
-    image_plan, artifact_plan = plan_image(checkpoint, base, platforms), plan_artifact(checkpoint)
+    image_plan, artifact_plan = plan_image(checkpoint, base), plan_artifact(checkpoint)
     require_space(modelcar_target, image_plan.size_bytes + artifact_plan.size_bytes)
     stop = threading.Event()
     with (
@@ -99,8 +96,8 @@ def package_pair(
         write_documents(files, artifact)
     warn_for_ilab(files, reporter)
     return PackagedPair(
-        modelcar=describe_package(image_plan, image, modelcar_target, base=base, already_there=False),
-        artifact=describe_package(artifact_plan, files, artifact_target, base=base, already_there=False),
+        modelcar=describe_package(image_plan, image, modelcar_target, base=base.spec, already_there=False),
+        artifact=describe_package(artifact_plan, files, artifact_target, base=base.spec, already_there=False),
     )
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from gemma_pack.checkpoint import Checkpoint
 from gemma_pack.errors import CheckpointError, InvalidUsageError, RegistryError
+from gemma_pack.oci.base import DEFAULT_BASE, BaseChoice
 from gemma_pack.oci.body import Blob
 from gemma_pack.oci.client import RegistryClient
 from gemma_pack.oci.image import plan_image
@@ -73,6 +74,7 @@ def push(
     reference: Reference | str,
     *,
     mount_from: Sequence[str] = (),
+    base: BaseChoice = DEFAULT_BASE,
     plain_http: bool = False,
     ca_file: Path | None = None,
     retry: Retry | None = None,
@@ -83,6 +85,7 @@ def push(
     Args:
         source: an OCI layout that holds one image, or a checkpoint, which is packed while it is sent.
         reference: where to; without a tag, `latest`.
+        base: what lies under a checkpoint's weights; a layout has its own.
         mount_from: repositories of the same registry whose blobs may be reused.
         plain_http: speak HTTP without TLS to a registry that is not on this machine.
         ca_file: certificates to trust besides the system's.
@@ -96,9 +99,11 @@ def push(
         OfflineError: the registry cannot be reached.
     """
     reference = parse_reference(reference) if isinstance(reference, str) else reference
+    if is_layout(source) and base != DEFAULT_BASE:
+        raise InvalidUsageError(f"{source} has its base already", hint="leave out --base, or push the checkpoint")
     begin_s = time.monotonic()
     repositories = [repository_on(reference.host, text) for text in mount_from]
-    upload = _from_layout(Layout.open(source)) if is_layout(source) else _from_plan(_plan(source))
+    upload = _from_layout(Layout.open(source)) if is_layout(source) else _from_plan(_plan(source, base))
     with ExitStack() as stack:
         connect = partial(RegistryClient, plain_http=plain_http, ca_file=ca_file, retry=retry)
         client = stack.enter_context(connect(reference, writable=True))
@@ -145,12 +150,12 @@ class _Image:
     is_artifact: bool = False
 
 
-def _plan(directory: Path) -> ImagePlan:
+def _plan(directory: Path, base: BaseChoice) -> ImagePlan:
     if not (directory / "config.json").is_file():
         raise InvalidUsageError(
             f"{directory} is neither an OCI layout nor a checkpoint", hint="gemma-pack package DIR makes a layout"
         )
-    return plan_image(Checkpoint.open(directory))
+    return plan_image(Checkpoint.open(directory), base)
 
 
 def _from_layout(layout: Layout) -> _Image:

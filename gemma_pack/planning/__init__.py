@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from gemma_pack.deploy.resources import Demand, plan_resources
 from gemma_pack.gemma import decoder_number, kv_cache_bytes
-from gemma_pack.oci.base import EMBEDDED, load_base
+from gemma_pack.oci.base import DEFAULT_BASE, load_base
 from gemma_pack.oci.layers import MODELS_DIRECTORY, LayerEntry, arrange_layers
 from gemma_pack.planning.findings import PlanFinding, disk_finding, gpu_finding, memory_finding
 from gemma_pack.planning.registry import PlannedLayer, ask_registry
@@ -87,7 +87,7 @@ def make_plan(
         for name, size in sorted(sizes.files.items())
     ]
     layers = arrange_layers(entries)
-    bases = load_base(EMBEDDED)
+    bases = load_base(DEFAULT_BASE)
     base_blobs = {blob.descriptor.digest: blob.size_bytes for base in bases for blob in base.layers}
     image_bytes = sum(layer.size_bytes for layer in layers) + sum(base_blobs.values())
     planned = tuple(PlannedLayer(title=layer.title, size_bytes=layer.size_bytes) for layer in layers)

@@ -21,7 +21,7 @@ from gemma_pack.errors import QuantizationError
 from gemma_pack.gemma import text_config
 from gemma_pack.quantization.divergence import kl_to_base
 from gemma_pack.quantization.scheme import quantization_scheme
-from gemma_pack.quantization.tuned_model import load_base, must_stream, replace_rounded
+from gemma_pack.quantization.tuned_model import load_untuned, must_stream, replace_rounded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +78,7 @@ def refine_scales(
         step, before, after = done["result"].tolist()
         return Refined(int(step), before, after)
     streamed = must_stream(checkpoint, recipe, device)
-    model = load_base(checkpoint, device, streamed=streamed)
+    model = load_untuned(checkpoint, device, streamed=streamed)
     windows = torch.from_numpy(ids).long()
     loss = _Loss(model, checkpoint, windows, device, ranks)
     modules = replace_rounded(model, journal, quantization_scheme(recipe), device, streamed=streamed)

@@ -78,7 +78,7 @@ def must_stream(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) ->
     return device.type == "cuda" and refinement_bytes(checkpoint, recipe) > torch.cuda.mem_get_info(device)[0]
 
 
-def load_base(checkpoint: Checkpoint, device: torch.device, *, streamed: bool) -> Any:  # noqa: ANN401 - a transformers model
+def load_untuned(checkpoint: Checkpoint, device: torch.device, *, streamed: bool) -> Any:  # noqa: ANN401 - a transformers model
     """Return the base on `device`; `streamed` leaves its layers in host memory and brings each when it computes."""
     from accelerate import cpu_offload
     from transformers import AutoModelForCausalLM

@@ -220,10 +220,10 @@ def test_the_embedded_base_ends_at_once_when_the_prepuller_asks(
     served: Callable[..., ServedImage], tmp_path: Path
 ) -> None:
     """The base's program waits for ever when KServe's sidecar calls it; as this init container it must not."""
-    from gemma_pack.oci.base import EMBEDDED, load_base
+    from gemma_pack.oci.base import DEFAULT_BASE, load_base
 
     machine = {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine]
-    base = next(one for one in load_base(EMBEDDED) if one.platform.architecture == machine)
+    base = next(one for one in load_base(DEFAULT_BASE) if one.platform.architecture == machine)
     with tarfile.open(base.layers[0].path) as layer:
         layer.extractall(tmp_path, filter="data")
     [pull] = pods(bundle_of(served()))["DaemonSet"]["spec"]["initContainers"]

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import subprocess
 import tarfile
 import tempfile
 from dataclasses import dataclass
@@ -168,3 +169,22 @@ def write_base(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return write
+
+
+@pytest.fixture
+def certificate(tool: Callable[[str], str], tmp_path: Path) -> Callable[[str], Path]:
+    """Return a function that makes a directory with a certificate of its own for 127.0.0.1, and its key."""
+
+    def make(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        subprocess.run(
+            [
+                tool("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2",
+                "-keyout", "key.pem", "-out", "cert.pem",
+            ],
+            cwd=tmp_path / name, check=True, capture_output=True,
+        )  # fmt: skip
+        return tmp_path / name
+
+    return make

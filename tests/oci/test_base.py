@@ -13,11 +13,12 @@ import pytest
 
 from gemma_pack.console import Console
 from gemma_pack.errors import InvalidUsageError, RegistryError
-from gemma_pack.oci.base import DEFAULT_PLATFORMS, load_base
+from gemma_pack.oci.base import DEFAULT_PLATFORMS, BaseChoice, load_base
 from gemma_pack.oci.base_registry import names_registry
 from gemma_pack.oci.manifest import GZIP_LAYER_TYPE, LAYER_TYPE, Platform
 from gemma_pack.oci.push import push
 from tests.oci.faulty import Fault, cut_download
+from tests.oci.registry import running_registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +30,7 @@ AMD64, ARM64 = Platform("linux", "amd64"), Platform("linux", "arm64")
 
 
 def test_the_embedded_base_is_kserves_link_and_wait_for_both_architectures() -> None:
-    bases = load_base("embedded")
+    bases = load_base(BaseChoice("embedded"))
     assert [base.platform for base in bases] == [AMD64, ARM64]
     for base in bases:
         assert base.runtime
@@ -47,15 +48,15 @@ def test_the_embedded_base_is_kserves_link_and_wait_for_both_architectures() -> 
 
 
 def test_no_base_is_a_platform_and_nothing_else() -> None:
-    assert [base.platform for base in load_base("none")] == list(DEFAULT_PLATFORMS)
-    (base,) = load_base("none", [Platform("linux", "s390x")])
+    assert [base.platform for base in load_base(BaseChoice("none"))] == list(DEFAULT_PLATFORMS)
+    (base,) = load_base(BaseChoice("none", (Platform("linux", "s390x"),)))
     assert (str(base.platform), base.layers, base.runtime) == ("linux/s390x", (), None)
 
 
 def test_platforms_come_in_the_order_asked_for() -> None:
-    assert [base.platform for base in load_base("embedded", [ARM64, AMD64])] == [ARM64, AMD64]
+    assert [base.platform for base in load_base(BaseChoice("embedded", (ARM64, AMD64)))] == [ARM64, AMD64]
     with pytest.raises(InvalidUsageError, match="has no linux/s390x, only linux/amd64, linux/arm64"):
-        load_base("embedded", [AMD64, Platform("linux", "s390x")])
+        load_base(BaseChoice("embedded", (AMD64, Platform("linux", "s390x"))))
 
 
 @pytest.mark.parametrize(
@@ -65,28 +66,28 @@ def test_platforms_come_in_the_order_asked_for() -> None:
 def test_a_variant_counts_only_when_it_is_asked_for(write_base: Callable[..., Path], asked: str, found: bool) -> None:
     layout = str(write_base(platforms=("linux/arm64/v8",)))
     if found:
-        (base,) = load_base(layout, [Platform.parse(asked)])
+        (base,) = load_base(BaseChoice(layout, (Platform.parse(asked),)))
         assert base.platform == Platform("linux", "arm64", "v8")
     else:
         with pytest.raises(InvalidUsageError, match="only linux/arm64/v8"):
-            load_base(layout, [Platform.parse(asked)])
+            load_base(BaseChoice(layout, (Platform.parse(asked),)))
 
 
 def test_dockers_layers_get_their_oci_name(write_base: Callable[..., Path]) -> None:
     layout = write_base(tar=gzip.compress(b""), media_type="application/vnd.docker.image.rootfs.diff.tar.gzip")
-    (base,) = load_base(str(layout))
+    (base,) = load_base(BaseChoice(str(layout)))
     assert [blob.descriptor.media_type for blob in base.layers] == [GZIP_LAYER_TYPE]
 
 
 def test_layers_that_kserve_cannot_fetch_are_refused(write_base: Callable[..., Path]) -> None:
     with pytest.raises(InvalidUsageError, match=r"tar\+zstd, which KServe's fetch mode cannot unpack") as caught:
-        load_base(str(write_base(media_type=LAYER_TYPE + "+zstd")))
+        load_base(BaseChoice(str(write_base(media_type=LAYER_TYPE + "+zstd"))))
     assert caught.value.hint
 
 
 def test_attestations_beside_the_images_are_no_platform(write_base: Callable[..., Path]) -> None:
     layout = write_base(platforms=("linux/amd64", "unknown/unknown"))
-    assert [str(base.platform) for base in load_base(str(layout))] == ["linux/amd64"]
+    assert [str(base.platform) for base in load_base(BaseChoice(str(layout)))] == ["linux/amd64"]
 
 
 @pytest.mark.parametrize(
@@ -103,21 +104,21 @@ def test_a_base_with_a_broken_config_is_refused(
     write_base: Callable[..., Path], config: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RegistryError, match=message):
-        load_base(str(write_base(config=config)))
+        load_base(BaseChoice(str(write_base(config=config))))
 
 
 def test_a_base_that_lacks_a_layer_is_refused(write_base: Callable[..., Path]) -> None:
     layout = write_base()
-    (base,) = load_base(str(layout))
+    (base,) = load_base(BaseChoice(str(layout)))
     base.layers[0].path.unlink()
     with pytest.raises(RegistryError, match="lacks the blob"):
-        load_base(str(layout))
+        load_base(BaseChoice(str(layout)))
 
 
 @pytest.mark.parametrize("spec", ["ubi9", "", "/does/not/exist", str(Path(__file__).parent)])
 def test_anything_else_is_refused_with_what_is_meant(spec: str) -> None:
     with pytest.raises(InvalidUsageError, match="no OCI layout") as caught:
-        load_base(spec)
+        load_base(BaseChoice(spec))
     assert "embedded" in str(caught.value.hint)
 
 
@@ -153,7 +154,7 @@ def test_a_base_in_a_real_registry_is_the_one_in_a_layout_and_named(
     layout = write_base(platforms=("linux/amd64", "linux/arm64"))
     reference = f"{registry.host}/bases/micro:1"
     push(layout, reference, reporter=Console("quiet"))
-    there, here = load_base(reference), load_base(str(layout))
+    there, here = load_base(BaseChoice(reference)), load_base(BaseChoice(str(layout)))
     assert [(one.platform, one.digest, one.diff_ids, one.runtime) for one in there] == [
         (one.platform, one.digest, one.diff_ids, one.runtime) for one in here
     ]
@@ -161,12 +162,26 @@ def test_a_base_in_a_real_registry_is_the_one_in_a_layout_and_named(
         b"".join(blob.iter_chunks()) for blob in here[0].layers
     ]
     assert {one.name for one in there} == {reference}
-    (only,) = load_base(reference, [ARM64])
+    (only,) = load_base(BaseChoice(reference, (ARM64,)))
     assert only.digest == here[1].digest
     (kept, one_platform) = sorted((cache / "bases").iterdir(), key=lambda path: len(path.name))
     assert one_platform.name.endswith("-linux-arm64.oci")
     registry.stop()
-    assert load_base(f"{registry.host}/bases/micro@sha256:{kept.name.removesuffix('.oci')}") == there
+    assert load_base(BaseChoice(f"{registry.host}/bases/micro@sha256:{kept.name.removesuffix('.oci')}")) == there
+
+
+def test_a_base_behind_a_certificate_of_ones_own_is_trusted_by_ca_file_alone(
+    tool: Callable[[str], str], certificate: Callable[[str], Path], write_base: Callable[..., Path], cache: Path
+) -> None:
+    own, stranger = certificate("own"), certificate("stranger")
+    with running_registry(tool("docker-registry"), own, "tls") as registry:
+        reference = f"{registry.host}/bases/micro:1"
+        layout = write_base()
+        push(layout, reference, ca_file=own / "cert.pem", reporter=Console("quiet"))
+        with pytest.raises(RegistryError, match="not trusted"):
+            load_base(BaseChoice(reference, ca_file=stranger / "cert.pem"))
+        assert load_base(BaseChoice(reference, ca_file=own / "cert.pem"))[0].layers
+    assert any((cache / "bases").iterdir())
 
 
 def test_a_base_whose_line_breaks_is_gone_on_with_and_a_damaged_one_is_not_kept(
@@ -175,7 +190,7 @@ def test_a_base_whose_line_breaks_is_gone_on_with_and_a_damaged_one_is_not_kept(
     reference = f"{faulty.host}/bases/micro:1"
     push(write_base(), reference, reporter=Console("quiet"))
     faulty.faults = [Fault("GET", "blobs/sha256", cut_download(100), times=2)]
-    (whole,) = load_base(reference)
+    (whole,) = load_base(BaseChoice(reference))
     for path in (cache / "bases").rglob("*"):
         if path.is_file():
             path.unlink()
@@ -184,5 +199,5 @@ def test_a_base_whose_line_breaks_is_gone_on_with_and_a_damaged_one_is_not_kept(
     (key,) = [(name, blob.descriptor.digest) for blob in whole.layers for name in ["bases/micro"]]
     faulty.blobs[key] = bytes(reversed(faulty.blobs[key][:-1])) + b"x"
     with pytest.raises(RegistryError, match="another digest"):
-        load_base(reference)
+        load_base(BaseChoice(reference))
     assert not any((cache / "bases").iterdir())

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from gemma_pack.console import Console
+from gemma_pack.oci.base import BaseChoice
 from gemma_pack.oci.package import package
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def checkpoint(raw_checkpoint: Callable[..., Path]) -> Path:
 
 
 def pack(directory: Path, base: str = "embedded") -> Path:
-    return package(directory, directory.parent / "image.oci", base=base, reporter=Console("quiet")).layout
+    return package(directory, directory.parent / "image.oci", base=BaseChoice(base), reporter=Console("quiet")).layout
 
 
 def contents(directory: Path) -> dict[str, bytes]:

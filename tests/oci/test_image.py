@@ -15,7 +15,7 @@ import pytest
 
 from gemma_pack.checkpoint import Checkpoint
 from gemma_pack.errors import CheckpointError, InvalidUsageError
-from gemma_pack.oci.base import load_base
+from gemma_pack.oci.base import BaseChoice, load_base
 from gemma_pack.oci.image import Image, ImagePlan, plan_image
 from gemma_pack.oci.layers import LayerEntry, LayerSource
 from gemma_pack.oci.layout import hash_stream
@@ -30,8 +30,8 @@ def no_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
 
 
-def plan(directory: Path, *arguments: Any) -> ImagePlan:
-    return plan_image(Checkpoint.open(directory), *arguments)
+def plan(directory: Path, base: str = "embedded", platforms: tuple[Platform, ...] = ()) -> ImagePlan:
+    return plan_image(Checkpoint.open(directory), BaseChoice(base, platforms))
 
 
 def assemble(planned: ImagePlan) -> Image:
@@ -96,7 +96,7 @@ def test_the_labels_of_the_base_do_not_name_the_image(
 def test_no_base_leaves_the_weights_alone(
     raw_checkpoint: Callable[..., Path], valid_oci: Callable[[str, Any], None]
 ) -> None:
-    planned = plan(raw_checkpoint(), "none", [Platform("linux", "s390x")])
+    planned = plan(raw_checkpoint(), "none", (Platform("linux", "s390x"),))
     config, manifest, index = documents(assemble(planned))
     assert len(manifest["layers"]) == len(planned.layers) == len(config["rootfs"]["diff_ids"])
     assert not [key for key in manifest["annotations"] if ".base." in key]
@@ -162,15 +162,16 @@ BUILD = """
 import os, sys, time
 from pathlib import Path
 from gemma_pack.console import Console
+from gemma_pack.oci.base import BaseChoice
 from gemma_pack.oci.package import package
 
 source, base, umask, clock, user = Path(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4]), int(sys.argv[5])
-package(source, source.parent / "all modules are loaded.oci", base=base, reporter=Console("quiet"))
+package(source, source.parent / "all modules are loaded.oci", base=BaseChoice(base), reporter=Console("quiet"))
 if user:  # who may not be allowed to read the interpreter's own files
     os.setgroups([]), os.setgid(user), os.setuid(user)
 os.umask(int(umask, 8))
 time.time = lambda: clock
-print(package(source, source.parent / "image.oci", base=base, reporter=Console("quiet")).digest)
+print(package(source, source.parent / "image.oci", base=BaseChoice(base), reporter=Console("quiet")).digest)
 """
 
 
@@ -225,7 +226,7 @@ def test_the_encoding_has_not_changed_since_images_were_first_made() -> None:
     layer = LayerSource(entries=(LayerEntry(name="models/"),), annotations={"org.opencontainers.image.title": "x.tar"})
     planned = ImagePlan(
         layers=(layer,),
-        bases=load_base("embedded"),
+        bases=load_base(BaseChoice("embedded")),
         annotations={"org.opencontainers.image.title": "ü", "org.opencontainers.image.description": "A model."},
         created="1970-01-01T00:00:00Z",
     )

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_pack.console import Console
+from gemma_pack.oci.base import BaseChoice
 from gemma_pack.oci.finding import EVERYONE, RUNTIMES, TAR_READERS, Finding
 from gemma_pack.oci.inspection import inspect
 from gemma_pack.oci.layout import create_layout
@@ -328,7 +329,7 @@ def test_what_was_packaged_works_for_whom_it_is(tmp_path: Path):
         layout = package(directory, tmp_path / kind, kind=kind, reporter=Console("quiet")).layout  # type: ignore[arg-type]
         judgements = judge(found_in(layout))
         assert {one.consumer for one in judgements if one.verdict == "works"} == works
-    bare = package(directory, tmp_path / "bare", base="none", reporter=Console("quiet")).layout
+    bare = package(directory, tmp_path / "bare", base=BaseChoice("none"), reporter=Console("quiet")).layout
     assert {one.consumer: one.verdict for one in judge(found_in(bare))}["modelcar"] == "fails"
 
 

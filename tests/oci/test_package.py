@@ -15,6 +15,7 @@ import pytest
 
 from gemma_pack.console import Console
 from gemma_pack.errors import CheckpointError, InvalidUsageError, MachineError, RegistryError
+from gemma_pack.oci.base import BaseChoice
 from gemma_pack.oci.layout import Layout
 from gemma_pack.oci.manifest import Platform
 from gemma_pack.oci.package import PackageResult, package
@@ -119,7 +120,7 @@ def test_the_same_weights_for_other_platforms_are_another_image(raw_checkpoint: 
     directory = raw_checkpoint()
     pack(directory)
     with pytest.raises(InvalidUsageError, match="holds another image"):
-        pack(directory, platforms=[Platform("linux", "amd64")])
+        pack(directory, base=BaseChoice(platforms=(Platform("linux", "amd64"),)))
 
 
 def test_a_damaged_layout_is_not_taken_for_the_image(raw_checkpoint: Callable[..., Path]) -> None:
@@ -201,7 +202,7 @@ def test_a_base_whose_layer_is_damaged_is_refused(
     layer = next(path for path in (base / "blobs/sha256").iterdir() if path.stat().st_size > 5000)
     layer.write_bytes(bytes(layer.stat().st_size - 1) + b"x")
     with pytest.raises(RegistryError, match="the base is damaged"):
-        pack(directory, base=str(base))
+        pack(directory, base=BaseChoice(str(base)))
     assert leftovers(directory) == ["base"]
 
 

@@ -11,8 +11,10 @@ import pytest
 
 from gemma_pack.console import Console
 from gemma_pack.errors import CheckpointError, InvalidUsageError, OfflineError, RegistryError
+from gemma_pack.oci.base import BaseChoice
 from gemma_pack.oci.describe import describe
 from gemma_pack.oci.layout import Layout
+from gemma_pack.oci.package import package
 from gemma_pack.oci.push import push
 from tests.oci.faulty import Fault, Faulty, Handler, cut_upload, quick, say
 
@@ -94,6 +96,16 @@ def test_a_checkpoint_is_packed_while_it_is_pushed(
     added = {path for path in tmp_path.rglob("*") if "registry" not in path.parts} - before
     assert added == {tmp_path / ".model.push.jsonl"}
     assert push(packaged.directory, f"{registry.host}/team/gemma:1", reporter=QUIET).uploaded_bytes == 0
+
+
+def test_a_checkpoint_is_pushed_upon_the_base_that_package_would_take(
+    registry: Registry, raw_checkpoint: Callable[..., Path], write_base: Callable[..., Path], tmp_path: Path
+):
+    directory, base = raw_checkpoint(), BaseChoice(str(write_base()))
+    packaged = package(directory, tmp_path / "image.oci", base=base, reporter=QUIET)
+    assert push(directory, f"{registry.host}/team/gemma:1", base=base, reporter=QUIET).digest == packaged.digest
+    with pytest.raises(InvalidUsageError, match="has its base already"):
+        push(packaged.layout, f"{registry.host}/team/gemma:1", base=base, reporter=QUIET)
 
 
 def test_blobs_of_another_repository_are_mounted(registry: Registry, random_layout: Callable[..., Path]):

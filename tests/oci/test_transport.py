@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import logging
 import socket
-import subprocess
 import time
 from email.utils import formatdate
 from typing import TYPE_CHECKING
@@ -273,25 +272,6 @@ def test_nothing_secret_is_logged(
     assert "open sesame" not in caplog.text
     assert "token-0" not in caplog.text
     assert "Basic " not in caplog.text
-
-
-@pytest.fixture
-def certificate(tool: Callable[[str], str], tmp_path: Path) -> Callable[[str], Path]:
-    """Return a function that makes a directory with a certificate of its own for 127.0.0.1, and its key."""
-
-    def make(name: str) -> Path:
-        (tmp_path / name).mkdir()
-        subprocess.run(
-            [
-                tool("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2",
-                "-keyout", "key.pem", "-out", "cert.pem",
-            ],
-            cwd=tmp_path / name, check=True, capture_output=True,
-        )  # fmt: skip
-        return tmp_path / name
-
-    return make
 
 
 def test_a_certificate_is_trusted_by_ca_file_or_by_ssl_cert_file_only(

@@ -42,7 +42,7 @@ def main() -> None:
             told = ask(directory, prompt)
         except Exception as error:  # noqa: BLE001 - whatever vLLM says is the answer
             told = {"error": str(error)}
-        print(json.dumps({"directory": directory, **told}), flush=True)  # noqa: T201
+        print(json.dumps({"directory": directory, **told}), flush=True)  # noqa: T201 - its answer
         gc.collect()
 
 
