@@ -180,17 +180,17 @@ def _find(
     found = describe(parsed, plain_http=plain_http, ca_file=ca_file)
     pinned = str(parsed.pinned(found.digest))
     evidence = examine(found, key=key, plain_http=plain_http, ca_file=ca_file)
-    verdict, signer = None, None
+    verdict, signer, lacking = None, None, ""
     try:
         report = require_passing_report(evidence, pinned, by_key=key is not None)
         verdict, signer = report.verdict, report.signer if report.signed == "verified" else None
     except GemmaPackError as error:
         if not allow_unvalidated:
             raise
-        console.warn(error.message)
+        lacking = error.message
         if isinstance(error, (GateFailedError, GateUndecidedError)):
             verdict = "fail" if isinstance(error, GateFailedError) else "undecided"
-    return ServedImage(
+    image = ServedImage(
         reference=pinned,
         tag=parsed.tag,
         size_bytes=found.size_bytes,
@@ -201,3 +201,8 @@ def _find(
         report_verdict=verdict,
         report_signer=signer,
     )
+    if (
+        lacking and image.verdict == "pass"
+    ):  # what the image says of itself; any other verdict is warned of with the files
+        console.warn(lacking)
+    return image

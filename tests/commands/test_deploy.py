@@ -164,10 +164,7 @@ def test_a_variant_without_a_report_is_refused_unless_that_is_allowed(
     assert captured.out == ""
     assert run(["deploy", result.reference, "--target", "vllm", "--allow-unvalidated", "--quiet"]) == 0
     captured = capsys.readouterr()
-    assert captured.err == (
-        f"warning: {result.pinned} has no validation report\n"
-        "warning: nothing in the image says that the variant was validated against its base\n"
-    )
+    assert captured.err == "warning: nothing in the image says that the variant was validated against its base\n"
     assert "vllm serve" in captured.out
 
 
