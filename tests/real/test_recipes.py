@@ -132,8 +132,8 @@ def test_vllm_computes_what_transformers_computes(
     ours, base = (_logprobs(directory) for directory in (variants[name], two_layers))
     apart, moved = (_distance(ours, other) for other in (told[name]["logprobs"], base))
     if load_recipe(name).scheme == "W4A16":
-        assert apart < 0.08 < 0.5 * moved, "bfloat16's own noise is 0.04"
-    assert apart < max(0.08, moved), "the server is nearer to what was measured here than the base is"
+        assert apart < 0.15 < 0.5 * moved, "bfloat16's own noise is 0.04 to 0.1"
+    assert apart < max(0.15, moved), "the server is nearer to what was measured here than the base is"
 
 
 @pytest.mark.parametrize("name", sorted(shipped_names()))
@@ -144,7 +144,7 @@ def test_transformers_loads_every_variant_and_answers(name: str, variants: dict[
     [answer] = generate("The opposite of hot is", max_new_tokens=4, do_sample=False, return_full_text=False)
     assert answer["generated_text"].strip()
     moved = _distance(_logprobs(variants[name]), _logprobs(two_layers))
-    assert 0.01 < moved < 1.0, "nats a token, of weights of 4 or 8 bits"
+    assert 0.01 < moved < 5, "nats a token: two layers that were cut out are sure of much that is wrong"
 
 
 @pytest.mark.parametrize("name", sorted(REFUSALS))
