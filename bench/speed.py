@@ -4,7 +4,7 @@
 
 PART is one of
     calibrated   w4a16-fast on the demo model beside llm-compressor's `oneshot` GPTQ W4A16, 64 windows of 512 tokens
-    together     w4a16-fast, w8a8 and fp8 in one command beside each of them alone
+    together     w4a16, w8a8 and fp8 in one command beside each of them alone
     refinement   steps of refinement beside bare forward passes of both models and backward passes of one, same tokens
     streamed     fp8-dynamic on a random checkpoint of 4 GB in Gemma 2's shapes beside llm-compressor's
                  `model_free_ptq` and beside `cp` and sha256 of the same files
@@ -103,7 +103,7 @@ def calibrated(work: Path, repeats: int) -> list[Run]:
 
 def together(work: Path, repeats: int) -> list[Run]:
     """Time three recipes in one command and each alone."""
-    base, recipes = demo(), ["w4a16-fast", "w8a8", "fp8"]
+    base, recipes = demo(), ["w4a16", "w8a8", "fp8"]
     choice = ["--calibration", "builtin", "--samples", "32", "--sequence-length", str(SEQUENCE_LENGTH)]
     runs = []
     for _ in range(repeats):
