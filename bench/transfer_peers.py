@@ -1,10 +1,10 @@
 """Who takes part in bench/transfer.py, and with which commands: each at its best settings for uncompressed weights.
 
 buildah and podman get the overlay driver, which copies least, and the project's Containerfile, with a layer for every
-few shards. Podman 4 can only push gzipped layers, and buildah 1.28 does, in spite of its option. olot writes into a
-copy of the same base image that gemma-pack takes. skopeo gets --preserve-digests in both directions, without which it
-gzips the weights. oci-modelcar's image has no base, so KServe's modelcar mode does not start it, and oras-py's artifact
-is no image at all.
+few shards. Podman 4 can only push gzipped layers, and buildah 1.28 does, in spite of its option: what buildah built is
+pushed by skopeo. olot writes into a copy of the same base image that gemma-pack takes. skopeo gets --preserve-digests
+in both directions, without which it gzips the weights. oci-modelcar's image has no base, so KServe's modelcar mode
+does not start it, and oras-py's artifact is no image at all.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 CONTAINERFILE = HERE.parent / "Containerfile.modelcar"
 BASE = "localhost/base:bench"
+BUILT = "localhost/built:bench"
 DRIVER = "overlay"
 OURS = "gemma-pack"
 
@@ -59,25 +60,31 @@ def olot(place: Place) -> Steps:
 
 
 def buildah(place: Place) -> Steps:
-    """The project's Containerfile; the option has no effect in 1.28."""
-    return _built(place, "buildah", ["--disable-compression"])
+    """The project's Containerfile, then skopeo."""
+    push = ["skopeo", "copy", "--quiet", "--preserve-digests", "--dest-tls-verify=false", _stored(place, BUILT)]
+    return [*_built(place, "buildah"), [*push, f"docker://{place.reference}"]]
 
 
 def podman(place: Place) -> Steps:
     """The project's Containerfile."""
-    return _built(place, "podman", [])
+    push = ["podman", *_store(place), "push", "--quiet", "--tls-verify=false", BUILT, f"docker://{place.reference}"]
+    return [*_built(place, "podman"), push]
 
 
-def _built(place: Place, builder: str, compression: list[str]) -> Steps:
-    store = ["--root", place.scratch / "root", "--runroot", place.scratch / "run", "--storage-driver", DRIVER]
-    target = f"containers-storage:[{DRIVER}@{place.scratch}/root+{place.scratch}/run]{BASE}"
+def _built(place: Place, builder: str) -> Steps:
     build = ["build", "--quiet", "--layers=true", "--isolation", "chroot", "--pull=never", "--build-arg"]
     return [
-        ["skopeo", "copy", "--quiet", f"oci:{embedded_base()}", target],
-        [builder, *store, *build, f"BASE={BASE}", "--tag", "localhost/built", "--file", CONTAINERFILE, place.model],
-        [builder, *store, "push", "--quiet", *compression, "--tls-verify=false", "localhost/built",
-         f"docker://{place.reference}"],
-    ]  # fmt: skip
+        ["skopeo", "copy", "--quiet", f"oci:{embedded_base()}", _stored(place, BASE)],
+        [builder, *_store(place), *build, f"BASE={BASE}", "--tag", BUILT, "--file", CONTAINERFILE, place.model],
+    ]
+
+
+def _store(place: Place) -> list[object]:
+    return ["--root", place.scratch / "root", "--runroot", place.scratch / "run", "--storage-driver", DRIVER]
+
+
+def _stored(place: Place, name: str) -> str:
+    return f"containers-storage:[{DRIVER}@{place.scratch}/root+{place.scratch}/run]{name}"
 
 
 def oci_modelcar(place: Place) -> Steps:

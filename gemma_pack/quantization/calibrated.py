@@ -4,9 +4,8 @@ The windows run through the bf16 layers once, as the base computes them; on the 
 leaves its statistics, and from these every recipe of the run rounds that layer. Only one layer's weights and the
 windows' hidden states are in memory, the second on disk where they are many.
 
-Layers do not see each other's rounding. On Gemma 3 270M that costs nothing that can be measured (KL after
-GPTQ 0.167 either way, mean of two texts), and it makes layers and recipes independent: one forward pass
-for all of them, whichever are made in one run.
+Layers do not see each other's rounding. On Gemma 3 270M that costs 3 % of the KL after GPTQ (0.135 and 0.131, two
+texts), and it makes layers and recipes independent: one forward pass for all of them, whichever are made in one run.
 """
 
 from __future__ import annotations
