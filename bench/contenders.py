@@ -39,9 +39,7 @@ def bf16(base: Path) -> Any:  # noqa: ANN401 - a transformers model
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
 
 
-def llm_compressor(
-    scheme: str, *, gptq: bool = False, observer: str | None = None
-) -> Callable[[Path, torch.Tensor, Path], None]:
+def llm_compressor(scheme: str, *, gptq: bool = False) -> Callable[[Path, torch.Tensor, Path], None]:
     """Return llm-compressor's one-shot run with a preset scheme, everything else at its defaults."""
 
     def make(base: Path, windows: torch.Tensor, target: Path) -> None:
@@ -54,8 +52,6 @@ def llm_compressor(
         rows = {"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()}
         modifier = GPTQModifier if gptq else QuantizationModifier
         preset = preset_name_to_scheme(scheme, ["Linear"])
-        if observer:
-            preset.weights.observer = observer
         oneshot(
             model=bf16(base),
             processor=AutoTokenizer.from_pretrained(base),
@@ -100,8 +96,6 @@ def gguf_q4_0(base: Path, windows: torch.Tensor, target: Path) -> None:
 
 MAKERS: dict[str, Callable[[Path, torch.Tensor, Path], None]] = {
     "llm-compressor W4A16": llm_compressor("W4A16", gptq=True),
-    "llm-compressor W4A16 memoryless_mse": llm_compressor("W4A16", gptq=True, observer="memoryless_mse"),
-    "llm-compressor W4A16 imatrix_mse": llm_compressor("W4A16", gptq=True, observer="imatrix_mse"),
     "llm-compressor W8A8": llm_compressor("W8A8", gptq=True),
     "llm-compressor FP8": llm_compressor("FP8"),
     "llm-compressor NVFP4": llm_compressor("NVFP4"),

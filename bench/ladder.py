@@ -2,8 +2,8 @@
 
     python bench/ladder.py WORK [--only RUNG ...] [--purpose report] [--windows 4]
 
-Settings were chosen by the texts of `--purpose choose`. Rungs are w4a16 with a few keys changed, and llm-compressor's
-GPTQ with its other observers. The table goes to stdout and, with date and versions, to bench/results/ladder.json.
+Settings were chosen by the texts of `--purpose choose`. Rungs are w4a16 with a few keys changed. The table goes to
+stdout and, with date and versions, to bench/results/ladder.json.
 """
 
 from __future__ import annotations
@@ -43,22 +43,16 @@ def nearest(observer: str) -> dict[str, Any]:
 
 RUNGS = (
     Rung("nearest-minmax", nearest("memoryless_minmax")),
-    Rung("nearest-mse", nearest("memoryless_mse")),
     Rung("nearest-signed", nearest("signed_mse")),
     Rung("gptq-minmax", {"observer": "memoryless_minmax", "gptq": {"sink_share": 0}, "refinement": None}),
     Rung("gptq-mse", {"observer": "memoryless_mse", "gptq": {"sink_share": 0}, "refinement": None}),
     Rung("gptq-signed", {"gptq": {"sink_share": 0}, "refinement": None}),
     Rung("gptq-minmax-sink", {"observer": "memoryless_minmax", "refinement": None}),
     Rung("gptq-signed-sink", {"refinement": None}),
-    Rung("gptq-signed-sink-0.1", {"gptq": {"sink_share": 0.1}, "refinement": None}),
-    Rung("gptq-signed-sink-0.5", {"gptq": {"sink_share": 0.5}, "refinement": None}),
-    Rung("gptq-signed-sink-dampening-0.1", {"gptq": {"dampening": 0.1}, "refinement": None}),
     Rung("refined-without-sink", {"gptq": {"sink_share": 0}}),
     Rung("refined", {}),
 )
-OTHERS = tuple(
-    other(f"llm-compressor W4A16{observer}", "W4A16", BITS) for observer in ("", " memoryless_mse", " imatrix_mse")
-)
+OTHERS = (other("llm-compressor W4A16", "W4A16", BITS),)
 
 
 def main() -> None:
