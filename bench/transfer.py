@@ -208,6 +208,9 @@ class Bench:
         scratch.mkdir()
         os.sync()
         wall_s, cpu_s, peak = measure(steps(Place(self.model, scratch, host, self.peers)), scratch)
+        for line in Path("/proc/mounts").read_text("utf-8").splitlines():
+            if (place := line.split()[1]).startswith(f"{scratch}/"):  # skopeo leaves its storage mounted
+                subprocess.run(["umount", "--lazy", place], check=True)
         shutil.rmtree(scratch)
         print(f"{task} {contender}: {wall_s:.1f} s", file=sys.stderr, flush=True)
         return Run(

@@ -111,12 +111,12 @@ def quantize_layers(
     """
     layers = decoder_linears(checkpoint.config, decoder_prefix(checkpoint.tensors))
     unfinished = [index for draft in drafts for index in draft.unfinished(layers)]
-    proofs = [Equivalence(checkpoint, ids, device) if draft.unproved else None for draft in drafts]
-    if not unfinished and not any(proofs):
+    if not unfinished and not any(draft.unproved for draft in drafts):
         return
+    decoder = Decoder(checkpoint, device)
+    proofs = [Equivalence(decoder, ids) if draft.unproved else None for draft in drafts]
     learning = max(unfinished, default=-1)
     last = len(layers) - 1 if any(proofs) else learning
-    decoder = Decoder(checkpoint, device)
     with (
         HiddenStates(decoder, ranks.share(ids), drafts[0].journal.directory, ranks) as stream,
         reporter.progress("quantize layers", len(layers)) as task,

@@ -35,8 +35,17 @@ class Decoder:
         width: of the hidden states.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Build the embedding, one layer of each kind and the final norm on `device`."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype = torch.bfloat16,
+        embedding: Tensor | None = None,
+    ) -> None:
+        """Build the embedding, one layer of each kind and the final norm on `device`.
+
+        Layers compute in `dtype`. `embedding` is that of another decoder of the checkpoint, which then is held once.
+        """
         self.checkpoint = checkpoint
         self.device = device
         self.prefix = decoder_prefix(checkpoint.tensors)
@@ -45,7 +54,11 @@ class Decoder:
         first_of_kind = {kind: self.kinds.index(kind) for kind in self.kinds}
         self._model = _skeleton(checkpoint, first_of_kind, device, dtype)
         self._layers = dict(zip(first_of_kind, self._model.layers, strict=True))
-        _fill(self._model.embed_tokens, checkpoint, f"{self.prefix}embed_tokens.")
+        if embedding is None:
+            _fill(self._model.embed_tokens, checkpoint, f"{self.prefix}embed_tokens.")
+        else:
+            self._model.embed_tokens.weight = torch.nn.Parameter(embedding, requires_grad=False)
+            self._model.embed_tokens.register_forward_hook(lambda _module, _inputs, states: states.to(dtype))
         _fill(self._model.norm, checkpoint, f"{self.prefix}norm.")
         self.width: int = self._model.config.hidden_size
 
