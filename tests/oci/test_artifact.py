@@ -13,6 +13,7 @@ from gemma_pack.checkpoint import Checkpoint
 from gemma_pack.console import Console
 from gemma_pack.errors import CheckpointError, InvalidUsageError
 from gemma_pack.oci.artifact import plan_artifact
+from gemma_pack.oci.base import BaseChoice
 from gemma_pack.oci.layout import Layout
 from gemma_pack.oci.manifest import Platform
 from gemma_pack.oci.package import package
@@ -233,9 +234,9 @@ def test_it_can_be_read_from_any_offset_without_a_layout(checkpoint: Path) -> No
 
 
 def test_what_an_artifact_cannot_have_is_refused(checkpoint: Path) -> None:
-    for options in ({"base": "none"}, {"platforms": [Platform("linux", "amd64")]}):
+    for base in (BaseChoice("none"), BaseChoice(platforms=(Platform("linux", "amd64"),))):
         with pytest.raises(InvalidUsageError, match="no base and no platform"):
-            package(checkpoint, checkpoint.parent / "x", kind="artifact", reporter=Console("quiet"), **options)
+            package(checkpoint, checkpoint.parent / "x", kind="artifact", base=base, reporter=Console("quiet"))
     (checkpoint / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match="no tokenizer"):
         pack(checkpoint)

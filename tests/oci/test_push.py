@@ -196,6 +196,8 @@ def test_a_checkpoint_that_changes_while_it_is_sent_never_gets_a_tag(
 ):
     model = random_checkpoint(shards=1, size_bytes=50_000)
     shard = model / "model.safetensors"
+    push(model, f"{faulty.host}/a/b:0", retry=quick(), reporter=QUIET)  # from here on only the shard is to be sent
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
 
     def change(request: Handler) -> None:
         shard.write_bytes(shard.read_bytes()[:-1] + b"!")
