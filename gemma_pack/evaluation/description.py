@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 from typing import TYPE_CHECKING
 
-from gemma_pack.checkpoint import file_sha256
 from gemma_pack.errors import CheckpointError
-from gemma_pack.record import FileDigest
+from gemma_pack.record import digest_files
 from gemma_pack.report import Base, Engine, Subject
 
 if TYPE_CHECKING:
@@ -27,18 +26,12 @@ def quantization_of(record: Record, checkpoint: Checkpoint) -> QuantizationRecor
 def describe_variant(record: Record, checkpoint: Checkpoint, reporter: Reporter) -> Subject:
     """Return the variant's recipe, size and files, whose digests are computed here."""
     quantization = quantization_of(record, checkpoint)
-    total = sum(path.stat().st_size for path in checkpoint.shards)
-    with reporter.progress("Hashing the variant", total, "bytes") as task:
-        files = tuple(
-            FileDigest(path=path.name, sha256=file_sha256(path, task.advance), size_bytes=path.stat().st_size)
-            for path in checkpoint.shards
-        )
     return Subject(
         recipe=quantization.recipe,
         recipe_sha256=quantization.recipe_sha256,
         scheme=quantization.scheme,
         size_bytes=checkpoint.size_bytes,
-        files=files,
+        files=digest_files(checkpoint.shards, "Hashing the variant", reporter),
     )
 
 

@@ -65,6 +65,23 @@ class Servers:
         return self.variant == "vllm"
 
 
+def require_answering(servers: Servers, window: int) -> None:
+    """Raise unless each server that runs already can be asked about windows of `window` tokens.
+
+    Asked before anything else is done, and once: whoever names a server that is not there learns of it at once.
+
+    Raises:
+        As `ServerReader`.
+    """
+    if servers.own:
+        return
+    named = [(servers.variant, "variant", servers.model), (servers.base, "base", servers.base_model)]
+    for url, role, model in named:
+        if url:
+            with closing(ServerReader(url, role, model=model, attempts=1)) as reader:
+                reader.require_length(window)
+
+
 class Served:
     """Servers, asked one after the other, because one machine may have to serve both."""
 
@@ -77,7 +94,6 @@ class Served:
     def measure(self, ids: Ids, prompts: Sequence[Prompt]) -> Measured:
         """Measure all there is; see `Measuring`."""
         pair, servers = self._pair, self._servers
-        self._require_answering(ids.shape[1])
         asked = [prompt.ids for prompt in prompts]
         with_answers = max(len(prompt) + pair.answer_tokens for prompt in asked)
         longest = max(ids.shape[1], with_answers, TASK_TOKENS if pair.ask else 0) + 1
@@ -116,22 +132,10 @@ class Served:
     def rescore(self, ids: Ids) -> tuple[TokenScores, TopK]:
         """Score the windows, reading only those that were not read before."""
         longest = ids.shape[1] + 1
-        self._require_answering(ids.shape[1])
         with self._base_reader(longest) as base:
             windows = self._read_windows(base, ids)
         with self._variant_reader(longest) as variant:
             return compare_readings(windows, self._read_windows(variant, ids))
-
-    def _require_answering(self, window: int) -> None:
-        """Raise unless each server that runs already can be asked: before minutes are spent on the other model."""
-        servers = self._servers
-        if servers.own:
-            return
-        with _asked(servers.variant, "variant", servers.model) as reader:
-            reader.require_length(window)
-        if servers.base:
-            with _asked(servers.base, "base", servers.base_model) as reader:
-                reader.require_length(window)
 
     def _read_windows(self, reader: Reader, ids: Ids) -> list[Reading]:
         """Return the reading of each window; those that an earlier run kept are not read again."""

@@ -20,7 +20,7 @@ from gemma_pack.evaluation.measured import Pair
 from gemma_pack.evaluation.measures import collect_metrics, measure_divergence, measure_likelihood, sum_windows
 from gemma_pack.evaluation.prompts import build_prompts
 from gemma_pack.evaluation.resident import resident_engine
-from gemma_pack.evaluation.served import Served
+from gemma_pack.evaluation.served import Served, require_answering
 from gemma_pack.evaluation.tasks import compare_tasks, run_tasks
 from gemma_pack.report import GateUsed, Method, OtherProtocol, Protocol, Report
 from gemma_pack.tokenizer import load_tokenizer
@@ -113,6 +113,9 @@ def validate(comparison: Comparison, reporter: Reporter) -> Report:
     variant_checkpoint, base_checkpoint = Checkpoint.open(comparison.variant), Checkpoint.open(comparison.base)
     row = comparison.recipe.gate_for(sum(tensor.parameters for tensor in base_checkpoint.tensors.values()))
     row = gate.overridden(row, comparison.margins)
+    if comparison.servers:
+        others = [comparison.gptq_windows.ids] if comparison.gptq_windows else []
+        require_answering(comparison.servers, max(ids.shape[1] for ids in [comparison.windows.ids, *others]))
     audit = _audit(comparison, base_checkpoint, variant_checkpoint, reporter)
     subject = describe_variant(comparison.record, variant_checkpoint, reporter)
     pair = _pair(comparison, subject, base_checkpoint.size_bytes, reporter)

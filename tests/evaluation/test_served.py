@@ -9,7 +9,7 @@ import pytest
 
 from gemma_pack.build import EngineChoice, validate_variant
 from gemma_pack.errors import CheckpointError, EngineError, InvalidUsageError, MachineError
-from gemma_pack.evaluation import profiles, served
+from gemma_pack.evaluation import profiles, served, validation
 from gemma_pack.evaluation.engines import server
 from gemma_pack.evaluation.profiles import Profile
 from gemma_pack.reports.markdown import render_markdown
@@ -131,26 +131,30 @@ def test_what_was_read_before_a_server_died_is_kept_and_not_read_again(
 
 
 @pytest.mark.parametrize("absent", ["engine", "base_engine"])
-def test_a_server_that_is_not_there_is_missed_before_a_model_is_read(
+def test_a_server_that_is_not_there_is_missed_before_anything_is_done(
     variant: Path,
     serve: Callable[[Path], FakeVllm],
     run_validation: Callable[..., Report],
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
     absent: str,
 ) -> None:
-    monkeypatch.setattr(served, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(validation, "audit_weights", lambda *_, **__: pytest.fail("the weights were audited"))
+    monkeypatch.setattr(server, "PAUSE_S", 1000)  # and nobody waits for it
     addresses = {"engine": serve(variant).address, absent: "http://127.0.0.1:9"}
-    with pytest.raises(EngineError, match=r"http://127\.0\.0\.1:9"):
+    with pytest.raises(EngineError, match=r"http://127\.0\.0\.1:9 does not answer") as caught:
         run_validation(variant, EngineChoice(**addresses))
+    assert caught.value.hint == "start the server, or correct its address"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("report")]
 
 
-def test_windows_longer_than_a_server_reads_are_refused_before_a_model_is_read(
+def test_windows_longer_than_a_server_reads_are_refused_before_anything_is_done(
     variant: Path,
     serve: Callable[[Path], FakeVllm],
     run_validation: Callable[..., Report],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(served, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(validation, "audit_weights", lambda *_, **__: pytest.fail("the weights were audited"))
     fake = serve(variant)
     fake.max_model_len = 24
     with pytest.raises(InvalidUsageError, match="reads 23 tokens at most, and a window has 48"):

@@ -64,10 +64,13 @@ class Served:
 class ServerReader:
     """The model that a server serves, as a Reader."""
 
-    def __init__(self, url: str, role: str, *, model: str | None = None, own: bool = False) -> None:
+    def __init__(
+        self, url: str, role: str, *, model: str | None = None, own: bool = False, attempts: int = ATTEMPTS
+    ) -> None:
         """Ask the server at `url` what it serves, and take the model called `model`, or the only one.
 
         A key is sent where VLLM_API_KEY, vLLM's own variable, has one. `own` is a server that was started for this.
+        What fails for a moment is asked `attempts` times.
 
         Raises:
             InvalidUsageError: `url` is no http address, or the server has no such model.
@@ -81,7 +84,7 @@ class ServerReader:
             )
         self.role = role
         self.url = url.rstrip("/").removesuffix("/v1")
-        self._own = own
+        self._own, self._attempts = own, attempts
         key = None if own else os.environ.get("VLLM_API_KEY")
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -222,7 +225,7 @@ class ServerReader:
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the JSON object that the server answers with, trying again what may pass."""
         cause: Exception | None = None
-        for attempt in range(ATTEMPTS):
+        for attempt in range(self._attempts):
             try:
                 answer = self._client.request(method, self.url + path, json=body)
             except httpx.TransportError as error:
@@ -231,8 +234,12 @@ class ServerReader:
                 if answer.status_code not in TRANSIENT:
                     return self._parsed(answer, path)
                 cause, reason = None, f"{answer.status_code} {_said(answer)}"
-            if attempt + 1 == ATTEMPTS or self._stop.wait(PAUSE_S * 2**attempt):
+            if attempt + 1 == self._attempts or self._stop.wait(PAUSE_S * 2**attempt):
                 break
+        if self._attempts == 1:
+            raise EngineError(
+                f"{self.url} does not answer: {reason}", hint="start the server, or correct its address"
+            ) from cause
         raise EngineError(
             f"{self.url} fails at {path} after {attempt + 1} attempts: {reason}",
             hint="look into the server's log; the same command goes on with the windows that are read",
