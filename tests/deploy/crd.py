@@ -8,7 +8,6 @@ here. `python -m tests.deploy.crd FILE [VERSION]` prints the schema of one.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,14 +33,6 @@ OBJECT_META = {
 }
 """What we may write of metadata; CRDs leave it to the API server."""
 _KEPT = ("type", "enum", "pattern", "required", "minimum", "maximum", "minItems", "maxItems", "minLength", "maxLength")
-
-
-def find(name: str) -> Path | None:
-    """Return a published CRD, from $GEMMA_PACK_SCHEMAS or from shared/schemas in or beside the checkout."""
-    root = Path(__file__).parents[2]
-    given = os.environ.get("GEMMA_PACK_SCHEMAS")
-    places = [Path(given)] if given else [root / "shared/schemas", root.parent / "shared/schemas"]
-    return next((place / name for place in places if (place / name).is_file()), None)
 
 
 def strict_schema(crd: dict[str, Any], version: str) -> dict[str, Any]:

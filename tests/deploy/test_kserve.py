@@ -22,6 +22,7 @@ from gemma_pack.deploy.options import STORAGE_SCHEMES, Options
 from gemma_pack.deploy.resources import Demand, plan_resources
 from tests.deploy import crd
 from tests.deploy.conftest import CONFIGS, DIGEST, record_of
+from tests.published import published
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,9 +59,7 @@ def refused() -> Callable[[dict[str, Any]], list[str]]:
     def check(manifest: dict[str, Any]) -> list[str]:
         kind = manifest["kind"]
         if kind not in validators:
-            path = crd.find(KINDS[kind][0])
-            if path is None:
-                pytest.skip("the published CRDs are not here: set GEMMA_PACK_SCHEMAS to a folder that has them")
+            path = published(KINDS[kind][0])
             validators[kind] = crd.validator(path, KINDS[kind][1])
         return [f"{error.json_path}: {error.message}" for error in validators[kind].iter_errors(manifest)]
 
@@ -190,10 +189,7 @@ def pods(bundle: Bundle) -> dict[str, dict[str, Any]]:
 
 def test_pods_are_what_the_api_server_takes(served: Callable[..., ServedImage]) -> None:
     """LLMInferenceService has a whole PodSpec in its schema, so that of the others can be held against it."""
-    path = crd.find(KINDS["LLMInferenceService"][0])
-    if path is None:
-        pytest.skip("the published CRDs are not here: set GEMMA_PACK_SCHEMAS to a folder that has them")
-    whole = crd.validator(path, "v1alpha2")
+    whole = crd.validator(published(KINDS["LLMInferenceService"][0]), "v1alpha2")
     pod = whole.evolve(schema=whole.schema["properties"]["spec"]["properties"]["template"])
     for template in pods(bundle_of(served(), pull_secret="registry-key")).values():
         assert [f"{error.json_path}: {error.message}" for error in pod.iter_errors(template["spec"])] == []

@@ -15,6 +15,7 @@ import yaml
 
 from gemma_pack.commands import cli
 from tests.deploy import crd
+from tests.published import published
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,9 +142,7 @@ def refused() -> Callable[[dict[str, Any]], list[str]]:
     def check(manifest: dict[str, Any]) -> list[str]:
         kind = manifest["kind"]
         if kind not in validators:
-            path = crd.find(f"tekton-{kind.lower()}.yaml")
-            if path is None:
-                pytest.skip("the published CRDs are not here: set GEMMA_PACK_SCHEMAS to a folder that has them")
+            path = published(f"tekton-{kind.lower()}.yaml")
             validators[kind] = crd.validator(path, "v1")
         return [f"{error.json_path}: {error.message}" for error in validators[kind].iter_errors(manifest)]
 

@@ -10,7 +10,6 @@ import subprocess
 import tarfile
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,32 +27,29 @@ from gemma_pack.oci.manifest import (
     encode_json,
     sha256_digest,
 )
+from tests.oci.layouts import blob_path, manifest_for
+from tests.published import published
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-
-_PLACES = [place / "shared/schemas" for place in Path(__file__).parents[2:4]]
-SCHEMAS = Path(os.environ.get("GEMMA_PACK_SCHEMAS") or next(filter(Path.is_dir, _PLACES), _PLACES[0]))
-"""Where the published schemas lie, in or beside the checkout, if anywhere: they are not a part of the project."""
+    from pathlib import Path
 
 
 @pytest.fixture
 def valid_oci() -> Callable[[str, Any], None]:
     """Return a function that checks a document against a JSON schema of the OCI image-spec, given its short name."""
-    if not SCHEMAS.is_dir():
-        pytest.skip(f"no published schemas in {SCHEMAS}; GEMMA_PACK_SCHEMAS says where they are")
     import jsonschema
     from referencing import Registry, Resource
     from referencing.jsonschema import DRAFT4
 
     def retrieve(uri: str) -> Resource[Any]:
         name = f"oci-{uri.rsplit('/', 1)[-1]}"
-        return Resource(contents=json.loads((SCHEMAS / name).read_text()), specification=DRAFT4)
+        return Resource(contents=json.loads(published(name).read_text()), specification=DRAFT4)
 
     registry: Registry[Any] = Registry(retrieve=retrieve)  # type: ignore[call-arg]
 
     def check(kind: str, document: Any) -> None:
-        schema = json.loads((SCHEMAS / f"oci-{kind}-schema.json").read_text())
+        schema = json.loads(published(f"oci-{kind}-schema.json").read_text())
         jsonschema.Draft4Validator(schema, registry=registry).validate(document)
 
     return check
@@ -62,11 +58,9 @@ def valid_oci() -> Callable[[str, Any], None]:
 @pytest.fixture
 def valid_model_pack() -> Callable[[Any], None]:
     """Return a function that checks a model's configuration against the JSON schema of the CNCF model-spec."""
-    if not SCHEMAS.is_dir():
-        pytest.skip(f"no published schemas in {SCHEMAS}; GEMMA_PACK_SCHEMAS says where they are")
     import jsonschema
 
-    schema = json.loads((SCHEMAS / "modelpack-config-schema.json").read_text())
+    schema = json.loads(published("modelpack-config-schema.json").read_text())
     return jsonschema.Draft202012Validator(schema).validate
 
 
@@ -88,17 +82,9 @@ def unpack() -> Callable[[Path, str], dict[str, Member]]:
     """
 
     def read(directory: Path, architecture: str = "amd64") -> dict[str, Member]:
-        def document(digest: str) -> Any:
-            return json.loads((directory / "blobs" / digest.replace(":", "/")).read_text())
-
-        (entry,) = json.loads((directory / "index.json").read_text())["manifests"]
-        manifest = document(entry["digest"])
-        if "manifests" in manifest:
-            fits = [m for m in manifest["manifests"] if m["platform"]["architecture"] == architecture]
-            manifest = document(fits[0]["digest"])
         members: dict[str, Member] = {}
-        for layer in manifest["layers"]:
-            with tarfile.open(directory / "blobs" / layer["digest"].replace(":", "/")) as tar:
+        for layer in manifest_for(directory, architecture)["layers"]:
+            with tarfile.open(blob_path(directory, layer["digest"])) as tar:
                 for info in tar:
                     stream = tar.extractfile(info) if info.isreg() else None
                     content = hashlib.sha256(stream.read() if stream else b"").hexdigest()

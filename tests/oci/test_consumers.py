@@ -20,6 +20,7 @@ import pytest
 from gemma_pack.console import Console
 from gemma_pack.oci.base import BaseChoice
 from gemma_pack.oci.package import package
+from tests.oci.layouts import blob_path, manifest_for, read_document
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,16 +50,6 @@ def contents(directory: Path) -> dict[str, bytes]:
     }
 
 
-def read(layout: Path, digest: str) -> Any:
-    return json.loads((layout / "blobs" / digest.replace(":", "/")).read_text())
-
-
-def manifest_for(layout: Path, architecture: str) -> Any:
-    (root,) = json.loads((layout / "index.json").read_text())["manifests"]
-    entries = read(layout, root["digest"])["manifests"]
-    return read(layout, next(e["digest"] for e in entries if e["platform"]["architecture"] == architecture))
-
-
 @pytest.mark.parametrize("base", ["embedded", "none"])
 @pytest.mark.parametrize("architecture", ["amd64", "arm64"])
 def test_kserve_fetch_extracts_the_checkpoint(checkpoint: Path, tmp_path: Path, base: str, architecture: str) -> None:
@@ -68,7 +59,7 @@ def test_kserve_fetch_extracts_the_checkpoint(checkpoint: Path, tmp_path: Path, 
     layout, out = pack(checkpoint, base), tmp_path / "out"
     out.mkdir()
     for layer in manifest_for(layout, architecture)["layers"]:
-        blob = layout / "blobs" / layer["digest"].replace(":", "/")
+        blob = blob_path(layout, layer["digest"])
         with blob.open("rb") as stream, tarfile.open(fileobj=stream, mode=modes[layer["mediaType"]]) as tar:  # type: ignore[call-overload]
             for member in tar:
                 if member.name.startswith("models/"):
@@ -113,10 +104,10 @@ def root_filesystem(layout: Path, target: Path) -> tuple[Path, list[str]]:
     """Unpack the image of this machine's architecture and return its root and its entry point."""
     manifest = manifest_for(layout, GOARCH)
     for layer in manifest["layers"]:
-        with tarfile.open(layout / "blobs" / layer["digest"].replace(":", "/")) as tar:
+        with tarfile.open(blob_path(layout, layer["digest"])) as tar:
             tar.extractall(target, filter="tar")
     (target / "mnt").mkdir()
-    return target, read(layout, manifest["config"]["digest"])["config"].get("Entrypoint", [])
+    return target, read_document(layout, manifest["config"]["digest"])["config"].get("Entrypoint", [])
 
 
 @needs_root

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import tarfile
@@ -13,6 +12,7 @@ import pytest
 
 from gemma_pack.console import Console
 from gemma_pack.oci.package import package
+from tests.oci.layouts import blob_path, manifest_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,18 +90,9 @@ def build(directory: Path, layout: Path, storage: Any, tool: Callable[[str], str
 
 def layers_of(layout: Path) -> list[set[tuple[Any, ...]]]:
     """Return what each layer of the image in a layout says of its members."""
-
-    def document(digest: str) -> Any:
-        return json.loads((layout / "blobs" / digest.replace(":", "/")).read_text())
-
-    (entry,) = json.loads((layout / "index.json").read_text())["manifests"]
-    manifest = document(entry["digest"])
-    if "manifests" in manifest:
-        (found,) = [one for one in manifest["manifests"] if one["platform"]["architecture"] == GOARCH]
-        manifest = document(found["digest"])
     layers = []
-    for layer in manifest["layers"]:
-        with tarfile.open(layout / "blobs" / layer["digest"].replace(":", "/")) as tar:
+    for layer in manifest_for(layout, GOARCH)["layers"]:
+        with tarfile.open(blob_path(layout, layer["digest"])) as tar:
             layers.append({
                 (one.name, one.type, one.mode & 0o7777, one.uid, one.gid, one.uname, one.gname, one.mtime, one.size,
                  tuple(one.pax_headers))

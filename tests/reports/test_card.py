@@ -17,6 +17,7 @@ from gemma_pack.record import Metric, Record
 from gemma_pack.reports.benchmarks import benchmark_header, benchmark_rows
 from gemma_pack.reports.card import INFERENCE_SERVER_IMAGE, VLLM_IMAGE, render_card, write_card
 from tests.deploy import crd
+from tests.published import published
 from tests.records import quantized_record, validation_record
 
 if TYPE_CHECKING:
@@ -147,12 +148,10 @@ def test_the_manifests_on_the_card_are_what_kserve_takes(tmp_path: Path) -> None
     [manifests] = re.findall(r"^```yaml\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
     runtime, service = yaml.safe_load_all(manifests)
     kinds = {"ServingRuntime": "kserve-servingruntimes.yaml", "InferenceService": "kserve-inferenceservices.yaml"}
-    paths = {kind: crd.find(name) for kind, name in kinds.items()}
-    if None in paths.values():
-        pytest.skip("the published CRDs are not here: set GEMMA_PACK_SCHEMAS to a folder that has them")
+    paths = {kind: published(name) for kind, name in kinds.items()}
     for manifest in (runtime, service):
         version = manifest["apiVersion"].partition("/")[2]
-        validator = crd.validator(paths[manifest["kind"]], version)  # type: ignore[arg-type]  # none is None
+        validator = crd.validator(paths[manifest["kind"]], version)
         assert [error.message for error in validator.iter_errors(manifest)] == []
     assert service["spec"]["predictor"]["model"]["runtime"] == runtime["metadata"]["name"]
 
