@@ -201,8 +201,6 @@ def _find(
         report_verdict=verdict,
         report_signer=signer,
     )
-    if (
-        lacking and image.verdict == "pass"
-    ):  # what the image says of itself; any other verdict is warned of with the files
+    if lacking and image.verdict == "pass":  # so it says itself; any other verdict is warned of with the files
         console.warn(lacking)
     return image

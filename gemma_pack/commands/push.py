@@ -82,7 +82,7 @@ def command(
     if require_verdict:
         _require_verdict(found, source)
     network: Any = {"plain_http": plain_http, "ca_file": ca_file}
-    under = chosen_base(base, platform)
+    under = chosen_base(base, platform, ca_file=ca_file)  # --plain-http is of the registry that is pushed to
     result = push(source, reference, mount_from=mount_from, base=under, **network, reporter=console)
     attached: list[AttachedDocument] = []
     if not no_referrers:

@@ -91,6 +91,11 @@ class BaseChoice:
     ca_file: Path | None = None
     """Certificates to trust besides the system's."""
 
+    @property
+    def is_default(self) -> bool:
+        """Whether nothing else than the embedded base was asked for."""
+        return self.spec == EMBEDDED and not self.platforms
+
 
 DEFAULT_BASE: Final = BaseChoice()
 

@@ -16,7 +16,7 @@ from gemma_pack.errors import CheckpointError, RegistryError
 from gemma_pack.oci.extraction import is_raw, require_known
 from gemma_pack.oci.layer_reader import MAX_SMALL_BYTES, BlobReader, read_tar_layer
 from gemma_pack.oci.manifest import parse_json
-from gemma_pack.oci.source import DEFAULT_PLATFORM, RegistrySource, open_source, resolve
+from gemma_pack.oci.source import RegistrySource, open_source, resolve
 from gemma_pack.oci.tar_reader import place
 from gemma_pack.record import Record
 
@@ -77,7 +77,7 @@ class ImageDescription:
 def describe(
     image: Path | Reference | str,
     *,
-    platform: Platform = DEFAULT_PLATFORM,
+    platform: Platform | None = None,
     plain_http: bool = False,
     ca_file: Path | None = None,
     retry: Retry | None = None,

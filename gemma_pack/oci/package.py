@@ -93,7 +93,7 @@ def package(
     """
     refuse_inside(target, directory)
     checkpoint = Checkpoint.open(directory)
-    if kind == "artifact" and base != DEFAULT_BASE:
+    if kind == "artifact" and not base.is_default:
         raise InvalidUsageError(
             "an artifact of raw files has no base and no platform", hint="leave out --base and --platform"
         )

@@ -99,7 +99,7 @@ def push(
         OfflineError: the registry cannot be reached.
     """
     reference = parse_reference(reference) if isinstance(reference, str) else reference
-    if is_layout(source) and base != DEFAULT_BASE:
+    if is_layout(source) and not base.is_default:
         raise InvalidUsageError(f"{source} has its base already", hint="leave out --base, or push the checkpoint")
     begin_s = time.monotonic()
     repositories = [repository_on(reference.host, text) for text in mount_from]

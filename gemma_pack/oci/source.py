@@ -190,8 +190,10 @@ class Resolved:
     """All that the root has; empty where it does not say."""
 
 
-def resolve(source: ImageSource, platform: Platform = DEFAULT_PLATFORM) -> Resolved:
+def resolve(source: ImageSource, platform: Platform | None = None) -> Resolved:
     """Find the manifest for `platform`; an image that is not for several platforms is taken as it is.
+
+    The checkpoint is the same for all, so without `platform` any of them serves, the usual one first.
 
     Raises:
         RegistryError: there is no such image, or it is broken.
@@ -215,7 +217,10 @@ def resolve(source: ImageSource, platform: Platform = DEFAULT_PLATFORM) -> Resol
     )
 
 
-def _choose(manifests: list[Descriptor], platform: Platform, name: str) -> Descriptor:
+def _choose(manifests: list[Descriptor], platform: Platform | None, name: str) -> Descriptor:
+    if platform is None and manifests:
+        return min(manifests, key=lambda one: one.platform != DEFAULT_PLATFORM)
+    platform = platform or DEFAULT_PLATFORM
     exact = [one for one in manifests if one.platform == platform]
     alike = [
         one

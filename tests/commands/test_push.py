@@ -12,6 +12,7 @@ import pytest
 
 from gemma_pack.commands import run
 from gemma_pack.oci.layout import Layout
+from gemma_pack.record import Record, SourceRecord
 from tests.oci.faulty import Fault, Faulty, say
 from tests.oci.registry import PASSWORD, USER, running_registry
 
@@ -59,6 +60,16 @@ def test_json_holds_the_whole_result(
     assert result["mounted_bytes"] == result["size_bytes"] > 0
     assert result["uploaded_bytes"] == result["existed_bytes"] == 0
     assert captured.err == ""
+
+
+def test_an_image_for_another_platform_than_ours_gets_its_documents_too(
+    registry: Registry, raw_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+):
+    reference = f"{registry.host}/team/gemma:1"
+    directory = raw_checkpoint()
+    Record(source=SourceRecord(kind="directory", model_id="a", files=())).write(directory)
+    assert run(["push", str(directory), reference, "--base", "none", "--platform", "linux/s390x"]) == 0
+    assert "attached: sbom" in capsys.readouterr().out
 
 
 def test_options_come_from_variables(
