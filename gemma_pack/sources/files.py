@@ -1,17 +1,10 @@
-"""Which files make up a source of weights, and their digests."""
+"""Which files make up a source of weights."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from gemma_pack.checkpoint import INDEX_NAME, file_sha256
-from gemma_pack.record import FileDigest
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
-
-    from gemma_pack.console import Reporter
+from gemma_pack.checkpoint import INDEX_NAME
 
 _WANTED: Final = frozenset(
     {
@@ -40,13 +33,3 @@ def is_wanted(name: str) -> bool:
     if "/" in name or name.startswith("."):
         return False
     return name in _WANTED or name.endswith(".safetensors") or name.lower().startswith(_LEGAL_STEMS)
-
-
-def digest_files(paths: Iterable[Path], reporter: Reporter) -> tuple[FileDigest, ...]:
-    """Return the digest and size of each file, sorted by name, with progress in bytes."""
-    ordered = sorted(paths, key=lambda path: path.name)
-    with reporter.progress("Checking digests", sum(path.stat().st_size for path in ordered), "bytes") as task:
-        return tuple(
-            FileDigest(path=path.name, sha256=file_sha256(path, task.advance), size_bytes=path.stat().st_size)
-            for path in ordered
-        )
