@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from gemma_pack.checkpoint import INDEX_NAME, RECORD_NAME
-from gemma_pack.gemma import decoder_linears, decoder_prefix
-from gemma_pack.quantization.layout import stored_tensors
+from gemma_pack.quantization.layout import variant_tensors
 from gemma_pack.quantization.shards import divide, shard_name
 from gemma_pack.quantization.variant import ignored_modules, require_divisible
 from gemma_pack.safetensors_file import DTYPE_BITS, TensorInfo, plan_safetensors
@@ -62,29 +61,25 @@ def plan_sizes(checkpoint: Checkpoint, recipe: Recipe, companions: Mapping[str, 
     """
     ignored = ignored_modules(checkpoint, recipe)
     require_divisible(checkpoint, recipe, ignored)
-    linears = decoder_linears(checkpoint.config, decoder_prefix(checkpoint.tensors))
-    changed = [name for layer in linears for group in layer for name in group if name not in ignored]
-    kept = sorted(checkpoint.tensors.keys() - {f"{name}.weight" for name in changed})
-    untouched = [checkpoint.tensors[name] for name in kept]
-    packed = [t for name in changed for t in stored_tensors(name, checkpoint.tensors[f"{name}.weight"].shape, recipe)]
-    files = {**_shards("untouched", untouched), **_shards("quantized", packed)}
-    names = [*(tensor.name for tensor in untouched), *(tensor.name for tensor in packed)]
+    tensors = variant_tensors(checkpoint, recipe, ignored)
+    files = {**_shards("untouched", tensors.untouched), **_shards("quantized", tensors.packed)}
+    names = [*(tensor.name for tensor in tensors.untouched), *(tensor.name for tensor in tensors.packed)]
     config = len(json.dumps(checkpoint.config, indent=2)) + QUANTIZATION_CONFIG_BYTES
     files |= {name: size for name, size in companions.items() if name != "README.md"}
     files |= {
         "config.json": config,
         INDEX_NAME: sum(len(name) + 48 for name in names),
-        RECORD_NAME: sum(len(name) + 20 for name in changed) + RECIPE_BYTES,
+        RECORD_NAME: sum(len(name) + 20 for name in tensors.modules) + RECIPE_BYTES,
         "recipe.yaml": RECIPE_BYTES,
         "README.md": CARD_BYTES,
     }
     return Sizes(
         base_bytes=checkpoint.size_bytes,
-        quantized_bytes=sum(tensor.size_bytes for tensor in packed),
-        untouched_bytes=sum(tensor.size_bytes for tensor in untouched),
-        quantized_weights=sum(checkpoint.tensors[f"{name}.weight"].parameters for name in changed),
+        quantized_bytes=tensors.packed_bytes,
+        untouched_bytes=tensors.untouched_bytes,
+        quantized_weights=sum(checkpoint.tensors[f"{name}.weight"].parameters for name in tensors.modules),
         files=files,
-        changed=frozenset(f"{name}.weight" for name in changed),
+        changed=frozenset(f"{name}.weight" for name in tensors.modules),
     )
 
 

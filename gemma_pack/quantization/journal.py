@@ -25,13 +25,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def journal_directory(target: Path, identity: Mapping[str, object]) -> Path:
+    """Return where the journal of the run lies that writes `target` from the inputs that `identity` names."""
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return target.parent / f".{target.name}.journal-{key[:16]}"
+
+
 class Journal:
     """The finished layers of one run."""
 
     def __init__(self, target: Path, identity: Mapping[str, object]) -> None:
         """Open the journal of the run that writes `target` from the inputs that `identity` names."""
-        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self.directory = target.parent / f".{target.name}.journal-{key[:16]}"
+        self.directory = journal_directory(target, identity)
         target.parent.mkdir(parents=True, exist_ok=True)
         for stale in target.parent.glob(f".{target.name}.journal-*"):
             if stale != self.directory:

@@ -13,10 +13,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from gemma_pack.gemma import decoder_linears, decoder_prefix
 from gemma_pack.safetensors_file import DTYPE_BITS
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from gemma_pack.checkpoint import Checkpoint
     from gemma_pack.recipe import Recipe
+    from gemma_pack.safetensors_file import TensorInfo
 
 NF4_BLOCK: Final = 64
 """Weights that share an absmax (bitsandbytes' default for 4 bits)."""
@@ -81,6 +86,42 @@ def stored_tensors(module: str, shape: tuple[int, ...], recipe: Recipe) -> list[
                 ("weight.quant_state.bitsandbytes__nf4", "U8", (NF4_STATE_BYTES,)),
             ]
     return [StoredTensor(f"{module}.{suffix}", dtype, size) for suffix, dtype, size in found]
+
+
+@dataclass(frozen=True, slots=True)
+class VariantTensors:
+    """The tensors of a variant before it is made."""
+
+    modules: list[str]
+    """The linears that are quantized."""
+    untouched: list[TensorInfo]
+    """As they are in the base; norms that smoothing rewrites keep their size and are among them."""
+    packed: list[StoredTensor]
+    """What stands for the modules' weights."""
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of what stands for the modules' weights."""
+        return sum(tensor.size_bytes for tensor in self.packed)
+
+    @property
+    def untouched_bytes(self) -> int:
+        """Bytes of all else."""
+        return sum(tensor.size_bytes for tensor in self.untouched)
+
+
+def variant_tensors(checkpoint: Checkpoint, recipe: Recipe, ignored: Collection[str]) -> VariantTensors:
+    """Return the tensors of a variant of `checkpoint` by `recipe`, whose `ignored` linears stay in bf16."""
+    layers = decoder_linears(checkpoint.config, decoder_prefix(checkpoint.tensors))
+    modules = [name for layer in layers for group in layer for name in group if name not in ignored]
+    kept = sorted(checkpoint.tensors.keys() - {f"{name}.weight" for name in modules})
+    return VariantTensors(
+        modules=modules,
+        untouched=[checkpoint.tensors[name] for name in kept],
+        packed=[
+            t for name in modules for t in stored_tensors(name, checkpoint.tensors[f"{name}.weight"].shape, recipe)
+        ],
+    )
 
 
 def stored_cache_scales(attention: str) -> list[StoredTensor]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from gemma_pack.checkpoint import Checkpoint, write_index
-from gemma_pack.disk import refuse_existing, staged_directory
+from gemma_pack.disk import refuse_existing, require_space, staged_directory
 from gemma_pack.errors import CheckpointError, RecipeError
 from gemma_pack.gemma import TOWERS, decoder_linears, decoder_prefix, require_supported, spellings
+from gemma_pack.quantization.layout import variant_tensors
 from gemma_pack.quantization.loader import prove_loadable
 from gemma_pack.quantization.shards import copy_shards, link_shards
 from gemma_pack.quantization.untouched import prove_untouched
@@ -105,7 +106,7 @@ def quantize_together(jobs: Mapping[Path, Job], reporter: Reporter, ranks: Ranks
 
     ranks = ranks or Ranks()
     made: dict[Path, Variant] = {}
-    drafts: dict[Path, _Draft] = {}
+    kept: dict[Path, set[str]] = {}
     for target, job in jobs.items():
         ignored = _require_fitting(job)
         existing = read_record(target) if target.is_dir() else None
@@ -114,7 +115,13 @@ def quantize_together(jobs: Mapping[Path, Job], reporter: Reporter, ranks: Ranks
             made[target] = Variant(target, existing, made_now=False)
         else:
             refuse_existing(target)
-            drafts[target] = _Draft(job, frozenset(ignored), _open_journal(target, job, reporter, ranks))
+            kept[target] = ignored
+    if ranks.is_first:
+        _require_disk(jobs, kept)
+    drafts = {
+        target: _Draft(jobs[target], frozenset(ignored), _open_journal(target, jobs[target], reporter, ranks))
+        for target, ignored in kept.items()
+    }
     _round_calibrated(list(drafts.values()), reporter, ranks)
     for target, draft in drafts.items():
         rounded = _finish_rounding(draft, reporter, ranks)
@@ -154,6 +161,28 @@ def _require_fitting(job: Job) -> set[str]:
     ignored = ignored_modules(job.base, job.recipe)
     require_divisible(job.base, job.recipe, ignored)
     return ignored
+
+
+def _require_disk(jobs: Mapping[Path, Job], ignored: Mapping[Path, set[str]]) -> None:
+    """Raise MachineError where a disk lacks room for the variants and, until they are whole, for their journals.
+
+    Args:
+        jobs: all that were asked for.
+        ignored: for the target of each that is still to be made, the linears that stay in bf16.
+    """
+    from gemma_pack.quantization.journal import journal_directory
+
+    needed: dict[Path, int] = {}
+    for target, names in ignored.items():
+        job = jobs[target]
+        tensors = variant_tensors(job.base, job.recipe, names)
+        copies = 2 if job.recipe.needs_calibration else 1  # else the shards grow in the journal, and are linked
+        kept = journal_directory(target, job.identity()).glob("*.safetensors")
+        there = min(tensors.packed_bytes, sum(path.stat().st_blocks * 512 for path in kept))  # shards grow by holes
+        size_bytes = tensors.untouched_bytes + copies * tensors.packed_bytes - there
+        needed[target.parent] = needed.get(target.parent, 0) + size_bytes
+    for parent, size_bytes in needed.items():
+        require_space(next(iter(ignored)) if len(ignored) == 1 else parent, size_bytes)
 
 
 def _open_journal(target: Path, job: Job, reporter: Reporter, ranks: Ranks) -> Journal:

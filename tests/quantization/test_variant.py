@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma_pack.checkpoint import Checkpoint, file_sha256
-from gemma_pack.errors import InvalidUsageError, QuantizationError, RecipeError
+from gemma_pack.errors import InvalidUsageError, MachineError, QuantizationError, RecipeError
 from gemma_pack.quantization import calibrated, hidden_states
 from gemma_pack.quantization.untouched import prove_untouched
-from gemma_pack.quantization.variant import quantize
+from gemma_pack.quantization.variant import quantize, quantize_together
 from gemma_pack.record import read_record
 from tests.quantization.conftest import RECIPE
 
@@ -167,7 +168,7 @@ def test_a_torn_journal_file_is_computed_again(
     assert digests(resumed.directory) == digests(whole.directory)
 
 
-def _interrupt(_target: Path) -> None:
+def _interrupt(*_args: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -181,6 +182,41 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(
     with pytest.raises(OSError, match="No space left"):
         quantize(make_job(tiny_checkpoint), tmp_path / "variant", reporter)
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".variant.journal-")] == []
+
+
+def test_a_disk_without_room_is_refused_before_the_first_layer(
+    tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {"bytes": 1 << 40}
+    monkeypatch.setattr("gemma_pack.disk.shutil.disk_usage", lambda _path: SimpleNamespace(free=free["bytes"]))
+    job = make_job(tiny_checkpoint)
+    made = quantize(job, tmp_path / "made", reporter).record.quantization
+    assert made is not None
+    free["bytes"] = 2 * made.size_bytes - 1
+    work = tmp_path / "work"
+    with pytest.raises(MachineError, match=r"work needs .* and the disk has .* free"):
+        quantize_together({work / "one": job, work / "two": job}, reporter)
+    assert not work.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("gemma_pack.quantization.variant._round_calibrated", _interrupt)
+        with pytest.raises(KeyboardInterrupt):  # there is room for one
+            quantize(job, work / "one", reporter)
+
+
+def test_an_interrupted_run_needs_room_for_the_rest_only(
+    tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tiny_checkpoint)
+    with monkeypatch.context() as patch:
+        patch.setattr("gemma_pack.quantization.variant._finish_rounding", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(job, tmp_path / "variant", reporter)
+    asked: list[int] = []
+    monkeypatch.setattr("gemma_pack.quantization.variant.require_space", lambda _target, size: asked.append(size))
+    quantize(job, tmp_path / "variant", reporter)
+    quantize(job, tmp_path / "another", reporter)
+    rest, whole = asked
+    assert 0.5 * whole < rest < 0.99 * whole
 
 
 def test_a_norm_rewritten_the_way_upstream_does_fails_the_proof(tiny_checkpoint: Path, tmp_path: Path) -> None:
