@@ -70,14 +70,19 @@ def refuse_existing(target: Path) -> None:
     require_makeable(target)
 
 
-def require_makeable(target: Path) -> None:
-    """Raise InvalidUsageError if `target` is to lie below a file, or in a directory that may not be written to."""
+def require_makeable(target: Path, *, option: str = "-o") -> None:
+    """Raise InvalidUsageError if `target` is to lie below a file, or in a directory that may not be written to.
+
+    `option` is what the user can choose another place with.
+    """
     above = next(place for place in target.absolute().parents if os.path.lexists(place))
     if not above.is_dir():
-        raise InvalidUsageError(f"{target} cannot be made: {above} is a file", hint="choose another place with -o")
+        raise InvalidUsageError(
+            f"{target} cannot be made: {above} is a file", hint=f"choose another place with {option}"
+        )
     if not os.access(above, os.W_OK | os.X_OK):
         raise InvalidUsageError(
-            f"{target} cannot be made: you may not write to {above}", hint="choose another place with -o"
+            f"{target} cannot be made: you may not write to {above}", hint=f"choose another place with {option}"
         )
 
 

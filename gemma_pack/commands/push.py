@@ -42,6 +42,11 @@ Examples:
     "--report", type=click.Path(path_type=Path), help="The report, or its directory  [default: beside the source]"
 )
 @click.option("--no-referrers", is_flag=True, help="Attach nothing to the image.")
+@click.option(
+    "--digest-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the image's digest into this file when all is done.",
+)
 @base_options
 @signing_option
 @registry_options
@@ -54,6 +59,7 @@ def command(
     sign_key: Path | None,
     base: str,
     platform: tuple[str, ...],
+    digest_file: Path | None,
     *,
     require_verdict: bool,
     no_referrers: bool,
@@ -71,12 +77,16 @@ def command(
     Bill of materials, provenance and the validation report are attached to the image, for gemma-pack referrers, cosign
     and oras. With a key they are signed, and so are the image and the model's files; without one, by nobody.
     """
+    from gemma_pack.disk import require_makeable, write_atomic
     from gemma_pack.oci.evidence import attach_evidence, find_report
     from gemma_pack.oci.push import push
     from gemma_pack.oci.signing import load_signing_key
 
     if no_referrers and sign_key:
         raise InvalidUsageError("a signature is a referrer, too", hint="leave out --no-referrers or --sign-key")
+    if digest_file:
+        require_makeable(digest_file, option="--digest-file")
+        digest_file.unlink(missing_ok=True)  # of an earlier push: whoever reads it must not take it for this one's
     key = load_signing_key(sign_key) if sign_key else None
     found = find_report(source, report, console) if report or require_verdict or not no_referrers else None
     if require_verdict:
@@ -92,6 +102,9 @@ def command(
             if key:
                 raise
             console.warn(f"nothing is attached: {error.message}")
+    if digest_file:
+        digest_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(digest_file, result.digest)
     data = {**result.model_dump(), "attached": [one.model_dump() for one in attached]}
     console.result(data, _text(result, attached))
     console.hint(_next(result))

@@ -62,6 +62,20 @@ def test_json_holds_the_whole_result(
     assert captured.err == ""
 
 
+def test_the_digest_is_left_in_a_file_when_all_is_done_and_only_then(
+    registry: Registry, random_layout: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    source = random_layout()
+    kept = tmp_path / "new" / "digest"
+    push = ["push", str(source), f"{registry.host}/team/gemma:1", "--digest-file"]
+    assert run([*push, str(kept)]) == 0
+    assert kept.read_text("utf-8") == Layout.open(source).root.digest
+    assert run(["push", str(tmp_path / "nothing"), *push[2:], str(kept)]) == 2
+    assert not kept.exists(), "it would name an image that this push did not send"
+    assert run([*push, str(source / "index.json" / "digest")]) == 2
+    assert "choose another place with --digest-file" in capsys.readouterr().err
+
+
 def test_an_image_for_another_platform_than_ours_gets_its_documents_too(
     registry: Registry, raw_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ):

@@ -26,7 +26,7 @@ PIPELINE = EXAMPLES / "tekton" / "pipeline.yaml"
 VALUES = {
     "MODEL": "google/gemma-2-9b-it", "RECIPE": "w4a16", "REPOSITORY": "ghcr.io/team/gemma", "RUNNER_TEMP": "keys",
     "PINNED": "ghcr.io/team/gemma@sha256:" + "0" * 64, "params.model": "google/gemma-2-9b-it",
-    "params.recipe": "w4a16", "params.repository": "ghcr.io/team/gemma", "workspaces.keys.path": "keys",
+    "KEYS": "keys", "params.recipe": "w4a16", "params.repository": "ghcr.io/team/gemma", "workspaces.keys.path": "keys",
 }  # fmt: skip
 IN_ORDER = ["plan", "quantize", "validate", "card", "package", "push", "verify", "deploy"]
 
@@ -44,10 +44,17 @@ def tekton() -> dict[tuple[str, str], dict[str, Any]]:
 def workflow_calls() -> list[list[str]]:
     calls = []
     for job in workflow()["jobs"].values():
-        for line in (line.strip() for step in job["steps"] for line in step.get("run", "").splitlines()):
-            if line.startswith("gemma-pack "):
-                call = re.split(r" \|\| | > ", line)[0]
-                calls.append(shlex.split(re.sub(r"\$(\w+)", lambda match: VALUES[match[1]], call)))
+        for step in job["steps"]:
+            calls += script_calls(step.get("run", ""))
+    return calls
+
+
+def script_calls(script: str) -> list[list[str]]:
+    calls = []
+    for line in map(str.strip, script.splitlines()):
+        if line.startswith("gemma-pack "):
+            call = re.split(r" \|\| | > ", line)[0]
+            calls.append(shlex.split(re.sub(r"\$(\w+)", lambda match: VALUES[match[1]], call)))
     return calls
 
 
@@ -57,8 +64,10 @@ def pipeline_calls() -> list[list[str]]:
 
     parsed = tekton()
     order = [task["taskRef"]["name"] for task in parsed["Pipeline", "gemma-variants"]["spec"]["tasks"]]
-    steps = [step for name in order for step in parsed["Task", name]["spec"]["steps"]]
-    return [[*step["command"], *map(filled, step["args"])] for step in steps]
+    calls = []
+    for step in (step for name in order for step in parsed["Task", name]["spec"]["steps"]):
+        calls += script_calls(step["script"]) if "script" in step else [[*step["command"], *map(filled, step["args"])]]
+    return calls
 
 
 CALLS = {"workflow": workflow_calls, "pipeline": pipeline_calls}
@@ -171,3 +180,35 @@ def test_the_pipeline_gives_each_task_what_it_declares() -> None:
         own = {one["name"] for one in task["params"]}
         assert set(re.findall(r"\$\(params\.([\w-]+)\)", str(task))) <= own
     assert pipeline["tasks"][1]["runAfter"] == [pipeline["tasks"][0]["name"]]
+
+
+def test_the_pipeline_gates_the_digest_that_it_pushed(tmp_path: Path) -> None:
+    """Its scripts, run by sh with a stand-in for gemma-pack that writes down what it was called with."""
+    parsed = tekton()
+    [push] = [step for step in parsed["Task", "gemma-variant"]["spec"]["steps"] if step["name"] == "push"]
+    written = push["args"][push["args"].index("--digest-file") + 1].replace("$(params.recipe)", "w4a16")
+    (tmp_path / written).parent.mkdir()
+    (tmp_path / written).write_text("sha256:" + "5" * 64, "utf-8")
+    program = tmp_path / "bin" / "gemma-pack"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$2" >> asked\n', "utf-8")
+    program.chmod(0o755)
+    gate = parsed["Task", "gemma-gate"]["spec"]
+    environment = {
+        "PATH": f"{program.parent}:/usr/bin:/bin",
+        "REPOSITORY": "ghcr.io/team/gemma $(touch broken)",
+        "RECIPE": "w4a16",
+        "KEYS": "keys",
+    }
+    assert set(environment) - {"PATH"} <= {one["name"] for one in gate["stepTemplate"]["env"]}
+    for step in gate["steps"]:
+        assert "$(params." not in step["script"]
+        done = subprocess.run(["sh", "-c", step["script"]], cwd=tmp_path, env=environment, check=False, timeout=60)
+        assert done.returncode == 0
+    pinned = f"{environment['REPOSITORY']}@sha256:{'5' * 64}"
+    assert (tmp_path / "asked").read_text("utf-8").splitlines() == [pinned, pinned]
+    assert not (tmp_path / "broken").exists()
+    (tmp_path / written).unlink()
+    for step in gate["steps"]:
+        done = subprocess.run(["sh", "-c", step["script"]], cwd=tmp_path, env=environment, check=False, timeout=60)
+        assert done.returncode != 0, "nothing was pushed, and there is nothing to gate"
