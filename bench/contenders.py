@@ -67,6 +67,24 @@ def llm_compressor(scheme: str, *, gptq: bool = False) -> Callable[[Path, torch.
     return make
 
 
+def auto_round(base: Path, windows: torch.Tensor, target: Path) -> None:
+    """Run AutoRound, 200 iterations a layer, and store what its codes stand for in bf16."""
+    from auto_round import AutoRound
+
+    model = bf16(base)
+    rounder = AutoRound(
+        model,
+        AutoTokenizer.from_pretrained(base),
+        scheme="W4A16",
+        dataset=[{"input_ids": window[None]} for window in windows],
+        nsamples=SAMPLES,
+        seqlen=SEQUENCE_LENGTH,
+        device_map="cpu",
+    )
+    rounder.quantize()  # in place
+    model.save_pretrained(target)
+
+
 def bitsandbytes(settings: dict[str, Any]) -> Callable[[Path, torch.Tensor, Path], None]:
     """Return transformers' quantization by bitsandbytes while it loads; needs no text."""
 
@@ -102,6 +120,7 @@ MAKERS: dict[str, Callable[[Path, torch.Tensor, Path], None]] = {
     "llm-compressor W8A16": llm_compressor("W8A16"),
     "llm-compressor FP8_DYNAMIC": llm_compressor("FP8_DYNAMIC"),
     "llm-compressor FP8_BLOCK": llm_compressor("FP8_BLOCK"),
+    "AutoRound W4A16": auto_round,
     "bitsandbytes int8": bitsandbytes({"load_in_8bit": True}),
     "bitsandbytes nf4": bitsandbytes(
         {

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 EVALUATION_SEED = 11
-VERSIONS = ("torch", "transformers", "llmcompressor", "compressed-tensors", "bitsandbytes", "gguf")
+VERSIONS = ("torch", "transformers", "llmcompressor", "compressed-tensors", "auto-round", "bitsandbytes", "gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,7 @@ CONTENDERS = (
     preset("W4A16", 4.125, draws=(1, 2)),
     ours("w4a16-fast", "W4A16", 4.125, draws=(1, 2)),
     ours("w4a16", "W4A16", 4.125, draws=(1, 2)),
+    other("AutoRound W4A16", "W4A16", 4.125),
     other("bitsandbytes nf4", "W4A16", 4.127),
     other("GGUF Q4_0", "W4A16", 4.5),
     ours("w4a16-g32", "W4A16", 4.5),

@@ -7,6 +7,7 @@ and kernels in a ninth of the time. `make bench` quantizes all of it.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,6 +21,7 @@ from gemma_pack.safetensors_file import write_safetensors
 from tests.real.vllm_server import START_SECONDS, server_environment
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.real
@@ -40,8 +42,8 @@ NOT_ASKED: Final = {"fp8-dynamic", "fp8-cache"}
 
 
 @pytest.fixture(scope="module")
-def two_layers(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a checkpoint of two of the demo's layers."""
+def two_layers(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return a checkpoint of two of the demo's layers; it and the variants beside it go when this file is through."""
     directory = tmp_path_factory.mktemp("cut") / "gemma"
     directory.mkdir()
     base = Checkpoint.open(demo_checkpoint)
@@ -57,7 +59,8 @@ def two_layers(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     (directory / "config.json").write_text(json.dumps(config), "utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (directory / name).write_bytes((demo_checkpoint / name).read_bytes())
-    return directory
+    yield directory
+    shutil.rmtree(directory.parent)
 
 
 @pytest.fixture(scope="module")
