@@ -17,6 +17,7 @@ from gemma_pack.quantization.packing import unpack
 from gemma_pack.quantization.scheme import quantization_scheme
 from gemma_pack.quantization.variant import quantize, quantize_together
 from gemma_pack.recipe import parse_recipe
+from gemma_pack.record import require_record
 from tests.quantization.conftest import RECIPE
 from tests.quantization.test_equivalence import SMOOTHED
 
@@ -84,7 +85,9 @@ def test_a_recipe_that_joins_an_interrupted_one_still_gets_every_layer(
         assert digests(variant.directory) == digests(alone.directory)
 
 
-def test_two_processes_of_torchrun_make_what_one_makes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_two_processes_of_torchrun_make_what_one_makes(
+    tiny_checkpoint: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Sums over windows go in another order, so a weight in the middle of two codes may take the other one.
 
     Tolerance: one code in a hundred, and the held-out divergence to 2 %.
@@ -92,6 +95,7 @@ def test_two_processes_of_torchrun_make_what_one_makes(tiny_checkpoint: Path, tm
     (tmp_path / "r.yaml").write_text(REFINED)
     options = ["quantize", str(tiny_checkpoint), "--recipe", "r.yaml", "--device", "cpu", "--format", "json"]
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--no-python"]
+    torchrun.append(f"--log-dir={tmp_path_factory.mktemp('torchrun')}")
     python = [sys.executable, "-m", "gemma_pack"]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     for command in (
@@ -113,4 +117,7 @@ def test_two_processes_of_torchrun_make_what_one_makes(tiny_checkpoint: Path, tm
     weights = [torch.cat([unpack(name, found, scheme).float().flatten() for name in names]) for found in (one, two)]
     apart = (weights[0] - weights[1]).abs() > 0.1 * weights[0].abs().mean()
     assert float(apart.float().mean()) < 0.01
+    tuned = [made.refinement for name in ("one", "two") if (made := require_record(tmp_path / name).quantization)]
+    kl = [refined.held_out_kl_after_nats for refined in tuned if refined]
+    assert kl[1] == pytest.approx(kl[0], rel=0.02)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "r.yaml", "two"]
