@@ -1,8 +1,8 @@
 """Damage that a variant can be made to have, and which measure of a validation catches it.
 
-    python bench/damages.py BASE FP8 W4A16 WORK
+    python bench/damages.py BASE WORK VARIANT...
 
-plants each damage in the two variants of BASE and writes what caught what, with figures, to bench/results/damages.json:
+plants each damage in each variant of BASE and writes what caught what, with figures, to bench/results/damages.json:
 what the weights alone must show is audited, the rest is validated (32 windows of 128 tokens) in the directory WORK.
 The functions change the tensors of a quantized checkpoint, given by name, in place; the tests use them, too.
 """
@@ -215,15 +215,18 @@ def check_bos_and_template(base: Path, variant: Path, work: Path) -> dict[str, s
 
 def main() -> None:
     """Plant every damage, and write what caught it."""
+    from gemma_pack.recipe import load_recipe
     from gemma_pack.report import read_report
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("base", "fp8", "w4a16", "work"):
+    for name in ("base", "work"):
         parser.add_argument(name, type=Path)
+    parser.add_argument("variant", type=Path, nargs="+")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     rows = []
-    for kind, variant in (("fp8", options.fp8), ("w4a16", options.w4a16)):
+    for variant in options.variant:
+        kind = load_recipe(str(variant / "recipe.yaml")).name
         clean: Report | None = None
         for number, (name, damage) in enumerate(PLANTED.items()):
             place = options.work / "variant"
@@ -245,7 +248,7 @@ def main() -> None:
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "model": "Gemma 3 270M",
         "rows": rows,
-        "refusals": check_bos_and_template(options.base, options.w4a16, options.work),
+        "refusals": check_bos_and_template(options.base, options.variant[0], options.work),
     }
     RESULTS.write_text(json.dumps(made, indent=1) + "\n", "utf-8")
 
