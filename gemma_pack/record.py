@@ -8,25 +8,18 @@ provenance are generated from it, never typed. It holds nothing that differs bet
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from gemma_pack import __version__
-from gemma_pack.checkpoint import RECORD_NAME, file_sha256
+from gemma_pack.checkpoint import RECORD_NAME
 from gemma_pack.disk import write_atomic
 from gemma_pack.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
-
-    from gemma_pack.console import Reporter
-
-_HASHING_THREADS = 2
-"""sha256 lets other threads run; more would only wait for the disk."""
 
 
 class _Part(BaseModel):
@@ -51,18 +44,6 @@ class FileDigest(_Part):
         if not path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
             raise ValueError("the path leads out of the checkpoint")
         return path
-
-
-def digest_files(paths: Iterable[Path], title: str, reporter: Reporter) -> tuple[FileDigest, ...]:
-    """Return the digest and size of each file, sorted by name, with progress in bytes under `title`."""
-    ordered = sorted(paths, key=lambda path: path.name)
-    total = sum(path.stat().st_size for path in ordered)
-    with reporter.progress(title, total, "bytes") as task, ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        digests = pool.map(lambda path: file_sha256(path, task.advance), ordered)
-        return tuple(
-            FileDigest(path=path.name, sha256=sha256, size_bytes=path.stat().st_size)
-            for path, sha256 in zip(ordered, digests, strict=True)
-        )
 
 
 class SourceRecord(_Part):

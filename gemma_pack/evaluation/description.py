@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 from typing import TYPE_CHECKING
 
+from gemma_pack.digests import digest_files
 from gemma_pack.errors import CheckpointError
-from gemma_pack.record import digest_files
 from gemma_pack.report import Base, Engine, Subject
 
 if TYPE_CHECKING:

@@ -6,9 +6,10 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from gemma_pack.checkpoint import INDEX_NAME, Checkpoint
+from gemma_pack.digests import digest_files
 from gemma_pack.errors import CheckpointError
 from gemma_pack.gemma import require_bfloat16, require_supported
-from gemma_pack.record import SourceRecord, digest_files
+from gemma_pack.record import SourceRecord
 from gemma_pack.sources.files import is_wanted
 from gemma_pack.sources.kept import recorded_source
 
