@@ -17,6 +17,8 @@ from gemma_pack.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from gemma_pack.checkpoint import Checkpoint
+
 FUSED_GROUPS: Final = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """The linear layers of a decoder layer by distinct input. vLLM fuses each group into one matrix
 (`packed_modules_mapping` of its Gemma2ForCausalLM, Gemma3ForCausalLM and Gemma4ForCausalLM), so a group is quantized
@@ -261,6 +263,15 @@ def decoder_linears(config: Mapping[str, Any], prefix: str) -> list[list[list[st
         ]
         for layer in range(decoder_number(config, "num_hidden_layers"))
     ]
+
+
+def checkpoint_linears(checkpoint: Checkpoint) -> list[list[list[str]]]:
+    """Return `decoder_linears` of a checkpoint, by its own configuration and names.
+
+    Raises:
+        CheckpointError: as `decoder_prefix`.
+    """
+    return decoder_linears(checkpoint.config, decoder_prefix(checkpoint.tensors))
 
 
 def possible_groups() -> Iterator[list[str]]:

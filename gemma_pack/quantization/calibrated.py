@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma_pack.gemma import decoder_linears, decoder_prefix, norm_offset
+from gemma_pack.gemma import checkpoint_linears, norm_offset
 from gemma_pack.quantization.decoder import Decoder
 from gemma_pack.quantization.equivalence import Equivalence
 from gemma_pack.quantization.hidden_states import HiddenStates
@@ -109,7 +109,7 @@ def quantize_layers(
     Raises:
         QuantizationError: activations are not finite, a Hessian cannot be factorized, or smoothing changed a layer.
     """
-    layers = decoder_linears(checkpoint.config, decoder_prefix(checkpoint.tensors))
+    layers = checkpoint_linears(checkpoint)
     unfinished = [index for draft in drafts for index in draft.unfinished(layers)]
     if not unfinished and not any(draft.unproved for draft in drafts):
         return

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from gemma_pack.gemma import decoder_linears, decoder_prefix
+from gemma_pack.gemma import checkpoint_linears
 from gemma_pack.safetensors_file import DTYPE_BITS
 
 if TYPE_CHECKING:
@@ -112,8 +112,9 @@ class VariantTensors:
 
 def variant_tensors(checkpoint: Checkpoint, recipe: Recipe, ignored: Collection[str]) -> VariantTensors:
     """Return the tensors of a variant of `checkpoint` by `recipe`, whose `ignored` linears stay in bf16."""
-    layers = decoder_linears(checkpoint.config, decoder_prefix(checkpoint.tensors))
-    modules = [name for layer in layers for group in layer for name in group if name not in ignored]
+    modules = [
+        name for layer in checkpoint_linears(checkpoint) for group in layer for name in group if name not in ignored
+    ]
     kept = sorted(checkpoint.tensors.keys() - {f"{name}.weight" for name in modules})
     return VariantTensors(
         modules=modules,

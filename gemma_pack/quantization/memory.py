@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 from gemma_pack.gemma import (
     attention_implementation,
-    decoder_linears,
+    checkpoint_linears,
     decoder_number,
-    decoder_prefix,
     is_embedding_or_head,
     layer_types,
 )
@@ -98,10 +97,10 @@ def _streamed_refinement_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
     shapes = _linears(checkpoint)
     tokens = _tokens_a_step(recipe)
     others = checkpoint.size_bytes - sum(rows * columns for rows, columns in shapes) * _BF16
-    inputs = tokens * decoder_number(checkpoint.config, "hidden_size") * len(_layers(checkpoint)) * _BF16
+    inputs = tokens * decoder_number(checkpoint.config, "hidden_size") * len(checkpoint_linears(checkpoint)) * _BF16
     layer = max(
         _weights_bytes(checkpoint, layer) + tokens * sum(_shape(checkpoint, n)[0] for g in layer for n in g) * 3 * _BF16
-        for layer in _layers(checkpoint)
+        for layer in checkpoint_linears(checkpoint)
     )
     gradient = 3 * max(rows * columns for rows, columns in shapes) * _BF16
     return others + _optimizer_bytes(shapes, recipe) + inputs + layer + gradient + _logits_bytes(checkpoint)
@@ -109,7 +108,7 @@ def _streamed_refinement_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
 
 def _layerwise_bytes(checkpoint: Checkpoint, sequence_length: int) -> int:
     """Embedding, a layer of each kind, and what the largest layer takes."""
-    layers = _layers(checkpoint)
+    layers = checkpoint_linears(checkpoint)
     kinds = len(set(layer_types(checkpoint.config)))
     weights = kinds * max(_weights_bytes(checkpoint, layer) for layer in layers)
     work = max(_layer_work_bytes(checkpoint, layer, sequence_length) for layer in layers)
@@ -135,7 +134,7 @@ def _layer_work_bytes(checkpoint: Checkpoint, layer: list[list[str]], sequence_l
 
 
 def _linears(checkpoint: Checkpoint) -> list[tuple[int, int]]:
-    return [_shape(checkpoint, name) for layer in _layers(checkpoint) for group in layer for name in group]
+    return [_shape(checkpoint, name) for layer in checkpoint_linears(checkpoint) for group in layer for name in group]
 
 
 def _tokens_a_step(recipe: Recipe) -> int:
@@ -156,10 +155,6 @@ def _logits_bytes(checkpoint: Checkpoint) -> int:
 
 def _embedding_bytes(checkpoint: Checkpoint) -> int:
     return max((info.size_bytes for name, info in checkpoint.tensors.items() if is_embedding_or_head(name)), default=0)
-
-
-def _layers(checkpoint: Checkpoint) -> list[list[list[str]]]:
-    return decoder_linears(checkpoint.config, decoder_prefix(checkpoint.tensors))
 
 
 def _shape(checkpoint: Checkpoint, module: str) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import torch
 
 from gemma_pack.errors import CheckpointError
-from gemma_pack.gemma import decoder_linears, decoder_prefix
+from gemma_pack.gemma import checkpoint_linears
 from gemma_pack.quantization.layout import stored_tensors
 from gemma_pack.quantization.shards import GrowingShards
 
@@ -69,7 +69,7 @@ def quantize_streamed(
     """
     layers = [
         {name: checkpoint.tensors[f"{name}.weight"] for group in groups if group[0] not in ignored for name in group}
-        for groups in decoder_linears(checkpoint.config, decoder_prefix(checkpoint.tensors))
+        for groups in checkpoint_linears(checkpoint)
     ]
     rows = row_format(recipe, device)
     shards = GrowingShards(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from gemma_pack.checkpoint import Checkpoint, write_index
 from gemma_pack.disk import refuse_existing, require_space, staged_directory
 from gemma_pack.errors import CheckpointError, RecipeError
-from gemma_pack.gemma import TOWERS, decoder_linears, decoder_prefix, require_supported, spellings
+from gemma_pack.gemma import TOWERS, checkpoint_linears, require_supported, spellings
 from gemma_pack.quantization.layout import variant_tensors
 from gemma_pack.quantization.loader import prove_loadable
 from gemma_pack.quantization.shards import copy_shards, link_shards
@@ -341,8 +341,7 @@ def _changed(job: Job, ignored: set[str]) -> set[str]:
 
 
 def _linear_groups(checkpoint: Checkpoint) -> list[list[str]]:
-    layers = decoder_linears(checkpoint.config, decoder_prefix(checkpoint.tensors))
-    return [group for layer in layers for group in layer]
+    return [group for layer in checkpoint_linears(checkpoint) for group in layer]
 
 
 def require_divisible(checkpoint: Checkpoint, recipe: Recipe, ignored: set[str]) -> None:
