@@ -110,7 +110,7 @@ def require_space(target: Path, size_bytes: int) -> None:
     if free < size_bytes:
         raise MachineError(
             f"{target} needs {format_bytes(size_bytes)} and the disk has {format_bytes(free)} free",
-            hint="free some space, or choose a directory on another disk with -o",
+            hint="free some space, or choose a directory on another disk",
         )
 
 

@@ -182,7 +182,7 @@ def _require_disk(jobs: Mapping[Path, Job], ignored: Mapping[Path, set[str]]) ->
         size_bytes = tensors.untouched_bytes + copies * tensors.packed_bytes - there
         needed[target.parent] = needed.get(target.parent, 0) + size_bytes
     for parent, size_bytes in needed.items():
-        require_space(next(iter(ignored)) if len(ignored) == 1 else parent, size_bytes)
+        require_space(next(iter(ignored)) if len(ignored) == 1 else parent.absolute(), size_bytes)
 
 
 def _open_journal(target: Path, job: Job, reporter: Reporter, ranks: Ranks) -> Journal:
