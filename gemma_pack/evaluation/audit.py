@@ -6,13 +6,14 @@ read from both checkpoints, a few million weights at a time, so memory does not 
 
 With W the source and Ŵ what a server computes with: slope = ⟨W, Ŵ⟩ / ⟨W, W⟩, and the signal-to-noise ratio
 10 log10(‖W‖² / ‖W - Ŵ‖²) dB of a layer and of each of its groups. Rounding leaves the ratio where its bits and its
-algorithm put it, and takes from the slope a share of the noise that is the same in all layers of one kind, so a
-layer whose slope its noise does not explain has wrong scales. `audit_bounds` says how far sound layers go.
+algorithm put it, and takes from the slope what grows with the noise, alike in all layers of one kind, so a layer whose
+slope its noise does not explain has wrong scales. `audit_bounds` says how far sound layers go.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from statistics import median
 from typing import TYPE_CHECKING, Final
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 LEAST_POWER: Final = 0.01
 """Of a group, beside the mean of all: GPTQ moves weights of a group that is nearly zero by as much as any others'."""
+LINE_LAYERS: Final = 8
+SHARE_LAYERS: Final = 3
+"""Layers of one kind from which a line, or a share alone, can be read."""
 BLOCK_WEIGHTS: Final = 1 << 22
 """Weights that are compared at once: 16 MB in float32."""
 
@@ -154,18 +158,34 @@ def _measure(
 def _expect(modules: list[ModuleAudit]) -> tuple[float, list[ModuleAudit]]:
     """Return the share of its noise that a layer's slope loses, and the layers with the slope to expect of each.
 
-    The share is a median: over all layers for the report, for each layer over those of its kind, such as all down_proj,
-    whose inputs and so GPTQ's choices are alike.
+    The share is a median over all layers, for the report. What is expected of a layer is read off a line through those
+    of its kind, such as all down_proj, whose inputs and so GPTQ's choices are alike.
     """
     kinds: dict[str, list[ModuleAudit]] = {}
     for module in modules:
         kinds.setdefault(module.name.rpartition(".")[2], []).append(module)
     overall = _shrinkage(modules)
-    by_kind = {kind: _shrinkage(some) if len(some) >= 3 else overall for kind, some in kinds.items()}
-    return overall, [
-        module.model_copy(update={"expected_slope": 1 - by_kind[module.name.rpartition(".")[2]] * _noise(module)})
-        for module in modules
-    ]
+    lines = {kind: _line(some, overall) for kind, some in kinds.items()}
+
+    def expected(module: ModuleAudit) -> float:
+        begin, rate = lines[module.name.rpartition(".")[2]]
+        return begin + rate * _noise(module)
+
+    return overall, [module.model_copy(update={"expected_slope": expected(module)}) for module in modules]
+
+
+def _line(modules: list[ModuleAudit], overall: float) -> tuple[float, float]:
+    """Return slope over noise as a line, its value without noise and its rate.
+
+    By medians (Theil-Sen: Sen, JASA 63, 1968), which a few wrong layers do not move. Too few layers for a line get one
+    through 1, by the share that they, or where they are hardly any all layers, lose.
+    """
+    if len(modules) < LINE_LAYERS:
+        return 1.0, -(_shrinkage(modules) if len(modules) >= SHARE_LAYERS else overall)
+    points = [(_noise(module), module.slope) for module in modules if math.isfinite(module.slope)]
+    rates = [(y - v) / (x - u) for (x, y), (u, v) in combinations(points, 2) if x != u]
+    rate = median(rates) if rates else 0.0
+    return median(y - rate * x for x, y in points) if points else 1.0, rate
 
 
 def _shrinkage(modules: list[ModuleAudit]) -> float:

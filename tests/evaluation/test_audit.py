@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from bench import damages
+from gemma_pack.audit_results import ModuleAudit
 from gemma_pack.build import CalibrationChoice, quantize_model
 from gemma_pack.checkpoint import Checkpoint
 from gemma_pack.errors import CheckpointError
@@ -183,6 +185,28 @@ def test_rounded_norms_are_altered_tensors(
     assert damaged(found) == []
     assert f"{LAYER}.input_layernorm.weight" in found.altered
     assert all(name.endswith("norm.weight") for name in found.altered)
+
+
+@pytest.mark.parametrize("factor", [0.97, 1.0, 1.03])
+@pytest.mark.parametrize("damaged", [0, 9, 17])
+def test_one_layer_off_is_told_from_layers_whose_slope_falls_with_their_noise(factor: float, damaged: int) -> None:
+    """The line need not begin at 1, nor the share be one for all; one layer of 18 does not bend it."""
+    modules = []
+    for layer in range(18):
+        noise = 0.016 + 0.002 * layer
+        slope = 0.993 - 0.2 * noise
+        if layer == damaged:
+            # ‖W - fŴ‖² / ‖W‖² by what it was for f = 1
+            noise, slope = 1 - 2 * factor * slope + factor**2 * (noise - 1 + 2 * slope), slope * factor
+        modules.append(
+            ModuleAudit(
+                name=f"model.layers.{layer}.self_attn.k_proj", slope=slope, expected_slope=0,
+                snr_db=-10 * math.log10(noise), worst_group_snr_db=0, worst_row=0, worst_column=0,
+            )
+        )  # fmt: skip
+    off = [abs(module.slope - module.expected_slope) for module in auditing._expect(modules)[1]]
+    assert off[damaged] == pytest.approx(abs(factor - 1), abs=0.003)
+    assert max(off[:damaged] + off[damaged + 1 :]) < 0.003
 
 
 def test_blocks_do_not_change_the_figures(
