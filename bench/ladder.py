@@ -46,9 +46,11 @@ RUNGS = (
     Rung("nearest-signed", nearest("signed_mse")),
     Rung("gptq-minmax", {"observer": "memoryless_minmax", "gptq": {"sink_share": 0}, "refinement": None}),
     Rung("gptq-mse", {"observer": "memoryless_mse", "gptq": {"sink_share": 0}, "refinement": None}),
-    Rung("gptq-signed", {"gptq": {"sink_share": 0}, "refinement": None}),
+    Rung("gptq-signed", {"observer": "signed_mse", "gptq": {"sink_share": 0}, "refinement": None}),
+    Rung("gptq-counted", {"gptq": {"sink_share": 0}, "refinement": None}),
     Rung("gptq-minmax-sink", {"observer": "memoryless_minmax", "refinement": None}),
-    Rung("gptq-signed-sink", {"refinement": None}),
+    Rung("gptq-signed-sink", {"observer": "signed_mse", "refinement": None}),
+    Rung("gptq-counted-sink", {"refinement": None}),
     Rung("refined-without-sink", {"gptq": {"sink_share": 0}}),
     Rung("refined", {}),
 )

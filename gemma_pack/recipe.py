@@ -113,9 +113,9 @@ class Recipe(_Part):
     """compressed-tensors' name for what weights and activations become, or one of bitsandbytes' two formats."""
     group_size: Literal[32, 64, 128] | None = None
     """Input columns that share a scale; None is 128, as in compressed-tensors' presets of both."""
-    observer: Literal["memoryless_minmax", "memoryless_mse", "signed_mse"] = "memoryless_mse"
+    observer: Literal["memoryless_minmax", "memoryless_mse", "signed_mse", "signed_gptq"] = "memoryless_mse"
     """What chooses the scales of weights: llm-compressor's observers, or for int4 and int8 in groups scales with the
-    sign that makes best use of the codes."""
+    sign that makes best use of the codes, `signed_gptq` by what GPTQ will count each column's error."""
     algorithm: Literal["nearest", "gptq"]
     """`nearest` rounds each weight by itself; `gptq` makes up for each rounding in the weights still to come."""
     gptq: Gptq = Gptq()
@@ -182,8 +182,10 @@ class Recipe(_Part):
             raise ValueError(f"group_size goes with W4A16 and W8A16; the groups of {self.scheme} are fixed")
         if self.refinement and self.scheme not in ("W4A16", "W8A16"):
             raise ValueError(f"refinement tunes the scales of W4A16 and W8A16, not of {self.scheme}")
-        if self.observer == "signed_mse" and self.scheme not in ("W4A16", "W8A16"):
-            raise ValueError(f"observer signed_mse is for W4A16 and W8A16, not for {self.scheme}")
+        if self.observer.startswith("signed_") and self.scheme not in ("W4A16", "W8A16"):
+            raise ValueError(f"observer {self.observer} is for W4A16 and W8A16, not for {self.scheme}")
+        if self.observer == "signed_gptq" and self.algorithm != "gptq":
+            raise ValueError("observer signed_gptq goes with algorithm gptq; signed_mse is for rounding to nearest")
         if self.smoothing and self.scheme not in ("W8A8", "FP8", "FP8_DYNAMIC", "NVFP4"):
             raise ValueError(f"smoothing is for schemes that quantize activations, not for {self.scheme}")
         if self.needs_calibration and self.calibration is None:

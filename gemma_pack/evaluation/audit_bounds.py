@@ -33,10 +33,10 @@ _NEAREST: Final = {  # measured: slopes, how far one is from what is expected of
     "NVFP4": _bounds((0.955, 1.01), 0.015, 14, 2),
 }
 _GPTQ: Final = {  # measured with 4096 tokens of calibration text, the fewest that make sense
-    "W4A16": _bounds((0.955, 1.01), 0.018, 8, -6),  # 0.965 to 0.991, 0.0085, 12.4 dB, -2.3 dB; refined alike
-    "W8A8": _bounds((0.985, 1.015), 0.01, 18, -6),  # 0.9998 to 1.0002, 0.0002, 22.7 dB, 0.2 dB
-    "FP8": _bounds((0.985, 1.015), 0.01, 22, 8),  # 0.9978 to 1.0007, 0.0015, 26.4 dB, 13.9 dB
-    "NVFP4": _bounds((0.955, 1.01), 0.018, 11, -7),  # 0.980 to 0.986, 0.0075, 15.4 dB, -2.1 dB
+    "W4A16": _bounds((0.955, 1.01), 0.018, 8, -6),  # 0.979 to 0.991, 0.0085, 12.3 dB, -1.6 dB; refined alike
+    "W8A8": _bounds((0.985, 1.015), 0.01, 18, -6),  # 0.9998 to 1.0003, 0.0002, 21.6 dB, 1.7 dB
+    "FP8": _bounds((0.985, 1.015), 0.01, 22, 8),  # 0.9977 to 1.0008, 0.0017, 26.5 dB, 11.5 dB
+    "NVFP4": _bounds((0.955, 1.01), 0.018, 11, -7),  # 0.980 to 0.986, 0.0033, 15.5 dB, -2.2 dB
 }
 """No recipe that is shipped uses GPTQ with another scheme; the file of a user that does gets the bounds of W8A8."""
 

@@ -8,6 +8,7 @@ function instead of a general fake quantization: a third of the time on a CPU, t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,26 +24,55 @@ _INNER_COLUMNS = 32
 """Columns whose errors are spread one by one; wider blocks get theirs by matrix products."""
 
 
+@dataclass(frozen=True, slots=True)
+class InverseFactor:
+    """The upper Cholesky factor U of the inverse of a dampened Hessian H, H⁻¹ = Uᵀ U, in the order of rounding."""
+
+    order: Tensor
+    """int64 [columns]: which column is rounded first, second …"""
+    upper: Tensor
+    """float32 [columns, columns]."""
+
+    def column_costs(self) -> Tensor:
+        """Return float32 [columns], in the matrix's own order: what a squared error of 1 adds to the loss.
+
+        When its turn comes, a column's error e costs e² / U_jj², after all that the columns still to come make up for
+        (arXiv 2210.17323, equation 2, whose [H⁻¹]_qq over the columns that are left is U_qq²).
+        """
+        costs = torch.empty_like(self.upper.diagonal())
+        costs[self.order] = self.upper.diagonal() ** -2
+        return costs
+
+
+def factorize(hessian: Tensor, dampening: float) -> InverseFactor:
+    """Return the factor by which errors are spread; columns with large inputs come first.
+
+    Args:
+        hessian: float32 [columns, columns], symmetric.
+        dampening: share of the mean of the Hessian's diagonal that is added to it.
+
+    Raises:
+        QuantizationError: the Hessian cannot be factorized.
+    """
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    return InverseFactor(order, _inverse_factor(hessian[order][:, order], dampening))
+
+
 def gptq(
-    weight: Tensor, scale: Tensor, hessian: Tensor, codes: Callable[[Tensor], Tensor], *, dampening: float, block: int
+    weight: Tensor, scale: Tensor, factor: InverseFactor, codes: Callable[[Tensor], Tensor], *, block: int
 ) -> Tensor:
     """Return float32 [rows, columns] on the grid of `scale`.
 
     Args:
         weight: float32 [rows, columns].
         scale: float32, expanded to [rows, columns].
-        hessian: float32 [columns, columns], symmetric.
+        factor: of the inverse Hessian of the inputs.
         codes: rounds weights that were divided by their scale to what the format can hold, in place or not.
-        dampening: share of the mean of the Hessian's diagonal that is added to it.
         block: columns rounded between two updates of all the rest.
-
-    Raises:
-        QuantizationError: the Hessian cannot be factorized.
     """
     columns = weight.shape[1]
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor = _inverse_factor(hessian[order][:, order], dampening)
-    pivots = factor.diagonal()
+    order, upper = factor.order, factor.upper
+    pivots = upper.diagonal()
     rest, steps = weight.T[order].contiguous(), scale.T[order].contiguous()
     inverse_steps = steps.reciprocal()
     rounded, errors = torch.empty_like(rest), torch.empty_like(rest[:block])
@@ -53,12 +83,12 @@ def gptq(
             for column in range(inner, inner_end):
                 torch.mul(codes(rest[column] * inverse_steps[column]), steps[column], out=rounded[column])
                 error = torch.sub(rest[column], rounded[column], out=errors[column - begin]).div_(pivots[column])
-                rest[column + 1 : inner_end].addr_(factor[column, column + 1 : inner_end], error, alpha=-1)
+                rest[column + 1 : inner_end].addr_(upper[column, column + 1 : inner_end], error, alpha=-1)
             done = slice(inner, inner_end)
             rest[inner_end:end].addmm_(
-                factor[done, inner_end:end].T, errors[inner - begin : inner_end - begin], alpha=-1
+                upper[done, inner_end:end].T, errors[inner - begin : inner_end - begin], alpha=-1
             )
-        rest[end:].addmm_(factor[begin:end, end:].T, errors[: end - begin], alpha=-1)
+        rest[end:].addmm_(upper[begin:end, end:].T, errors[: end - begin], alpha=-1)
     result = torch.empty_like(rounded)
     result[order] = rounded
     return result.T.contiguous()

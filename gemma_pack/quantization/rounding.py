@@ -15,7 +15,7 @@ from compressed_tensors.quantization import QuantizationStrategy, QuantizationTy
 from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
 from gemma_pack.errors import QuantizationError
-from gemma_pack.quantization.gptq import gptq
+from gemma_pack.quantization.gptq import factorize, gptq
 from gemma_pack.quantization.packing import RoundedLinear
 from gemma_pack.quantization.scales import choose_scale
 
@@ -61,11 +61,13 @@ def _round(
     weight: Tensor, arguments: QuantizationArgs, statistics: InputStatistics | None, recipe: Recipe
 ) -> RoundedLinear:
     """Choose the scales of float32 [rows, columns] and round it to their grid."""
-    scale, global_scale = choose_scale(weight, arguments, recipe.observer)
     if statistics is None or recipe.algorithm == "nearest":
+        scale, global_scale = choose_scale(weight, arguments, recipe.observer)
         nearest = fake_quantize(weight, scale, None, arguments, global_scale=global_scale)
         return RoundedLinear(nearest.float(), scale, global_scale)
     hessian = statistics.hessian(recipe.gptq.sink_share)
+    factor = factorize(hessian, recipe.gptq.dampening)
+    scale, global_scale = choose_scale(weight, arguments, recipe.observer, factor.column_costs())
     if weight.is_cuda:
         rounded = _gptq_by_triton(
             weight, scale, global_scale, hessian=hessian, arguments=arguments, settings=recipe.gptq
@@ -75,9 +77,8 @@ def _round(
         rounded = gptq(
             weight,
             _expanded(exact, weight, arguments),
-            hessian,
+            factor,
             _codes(arguments),
-            dampening=recipe.gptq.dampening,
             block=recipe.gptq.block_size,
         )
     return RoundedLinear(rounded, scale, global_scale)

@@ -47,8 +47,8 @@ _WORDS: Final = {
 def quantization_scheme(recipe: Recipe) -> QuantizationScheme:
     """Return compressed-tensors' preset of the recipe's scheme, with the recipe's groups and observer."""
     preset = preset_name_to_scheme(recipe.scheme, ["Linear"])
-    # of signed_mse upstream knows nothing; the name only informs whoever reads config.json
-    observer = "memoryless_mse" if recipe.observer == "signed_mse" else recipe.observer
+    # of scales of either sign upstream knows nothing; the name only informs whoever reads config.json
+    observer = "memoryless_mse" if recipe.observer.startswith("signed_") else recipe.observer
     changes: dict[str, Any] = {"observer": observer}
     if recipe.group_size:
         changes |= {"strategy": "group", "group_size": recipe.group_size}

@@ -37,6 +37,25 @@ def test_no_positive_scale_of_the_grid_has_less_error(seed: int, bits: int, extr
             assert (mine <= theirs * (1 + 1e-4)).all()
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), bits=st.sampled_from([4, 8]))
+def test_no_scale_of_the_grid_has_less_error_as_the_columns_count_it(seed: int, bits: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(8, 3 * GROUP, generator=generator)
+    costs = torch.rand(3 * GROUP, generator=generator).square() + 1e-3
+    groups, counted = weight.view(-1, GROUP), costs.view(1, 3, GROUP)
+
+    def cost(scale: torch.Tensor) -> torch.Tensor:
+        off = rounded(groups, scale, bits)[1] - groups
+        return (off.view(8, 3, GROUP).square() * counted).sum(-1).flatten()
+
+    mine = cost(signed_scale(weight, GROUP, bits, costs).flatten())
+    for factor in signed_factors(bits):
+        assert (mine <= cost((groups.abs().amax(-1) * factor).to(torch.bfloat16)) * (1 + 1e-4)).all()
+    alike = signed_scale(weight, GROUP, bits, torch.full_like(costs, 7.0))
+    assert torch.equal(alike, signed_scale(weight, GROUP, bits))
+
+
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_the_extreme_of_a_group_takes_the_outermost_code(sign: float) -> None:
     weight = torch.linspace(-3, 3, GROUP)[None].repeat(4, 1)
