@@ -90,19 +90,14 @@ def _compare(
 
     forced = torch.tensor([[*prompt.ids, *theirs.tokens]])
     scored = slice(len(prompt.ids) - 1, -1)
-    variant_head = variant.head(variant.hidden(forced)[0, scored])
-    chosen = variant_head.argmax(-1)  # the soft-cap is monotone: the first choice is the same before it
+    variant_logits = variant.logits(variant.hidden(forced)[0, scored])
+    chosen = variant_logits.argmax(-1)
     divergent = int((chosen != torch.tensor(theirs.tokens, device=chosen.device)).sum())
     first = first_divergent(theirs.tokens, ours.tokens)
     near_tie = False
     if first is not None and first < min(len(theirs.tokens), len(ours.tokens)):
-        base_head = base.head(base.hidden(forced)[0, scored][first : first + 1])
-        near_tie = _is_near_tie(
-            base.finish(base_head)[0],
-            variant.finish(variant_head[first : first + 1])[0],
-            theirs.tokens[first],
-            ours.tokens[first],
-        )
+        base_logits = base.logits(base.hidden(forced)[0, scored][first : first + 1])[0]
+        near_tie = _is_near_tie(base_logits, variant_logits[first], theirs.tokens[first], ours.tokens[first])
     return _describe(prompt, theirs, ours, first, divergent, near_tie=near_tie, decode=decode), divergent
 
 

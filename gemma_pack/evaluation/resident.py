@@ -10,12 +10,12 @@ import numpy as np
 from gemma_pack.checkpoint import read_json
 from gemma_pack.disk import require_space, write_atomic
 from gemma_pack.errors import QuantizationError
+from gemma_pack.evaluation.distributions import compare_states
 from gemma_pack.evaluation.engines.in_process import fits_memory, load, require_memory
 from gemma_pack.evaluation.engines.reading import ResidentReader
 from gemma_pack.evaluation.likelihood import (
     batch_windows,
     check_bos,
-    compare_states,
     join_scores,
     measure_noise,
     score,
@@ -228,13 +228,14 @@ class SpilledBase:
         rows = ids.cpu().numpy().astype(np.int32)
         return torch.stack([load_file(self._path(row))["hidden"] for row in rows]).to(self.device)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Return the base's bf16 logits, before the final soft-cap."""
-        return self._base.head(hidden)
+    @property
+    def vocabulary_size(self) -> int:
+        """The number of logits of a token."""
+        return self._base.vocabulary_size
 
-    def finish(self, head: Tensor) -> Tensor:
-        """Return logits in float32 after the final soft-cap."""
-        return self._base.finish(head)
+    def logits(self, hidden: Tensor, part: slice, out: Tensor) -> Tensor:
+        """Write the base's logits of the ids in `part`, after the final soft-cap."""
+        return self._base.logits(hidden, part, out)
 
     def fail_not_finite(self, ids: Tensor) -> None:
         """Raise QuantizationError; the states were finite, so it is the head."""

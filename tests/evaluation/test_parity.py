@@ -173,11 +173,8 @@ class Fixed:
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         return ids[..., None].float()
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.row.expand(len(hidden), -1)
-
-    def finish(self, head: torch.Tensor) -> torch.Tensor:
-        return head.clone()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.row.repeat(len(hidden), 1)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ class Model:
         self.attention = attention
         self.other_attention = other_attention
         text = module.config.get_text_config()
+        self._head: Tensor = module.lm_head.weight
         self._soft_cap: float | None = getattr(text, "final_logit_softcapping", None)
         self._ends = _end_tokens(module)
 
@@ -73,17 +74,22 @@ class Model:
             self.module.set_attn_implementation(self.attention)
 
     def keep_head_alone(self) -> None:
-        """Free the decoder; `head` and `finish` go on working, and so does what else the head is tied to."""
+        """Free the decoder; `logits` goes on working."""
         self.module.model = None
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Return bf16 logits [tokens, vocabulary] for hidden states [tokens, hidden], before the final soft-cap."""
-        logits: Tensor = self.module.lm_head(hidden)
-        return logits
+    @property
+    def vocabulary_size(self) -> int:
+        """The number of logits of a token."""
+        return len(self._head)
 
-    def finish(self, head: Tensor) -> Tensor:
-        """Return what `head` gave in float32, a copy, after the model's own final soft-cap."""
-        logits = head.float()
+    def logits(self, hidden: Tensor, part: slice | None = None, out: Tensor | None = None) -> Tensor:
+        """Return the logits of hidden states [tokens, hidden], after the model's own final soft-cap.
+
+        Float32 [tokens, vocabulary], or of the ids in `part` alone, written to `out` if given; computed in bf16, as the
+        model does.
+        """
+        head = hidden @ self._head[part or slice(None)].T
+        logits = head.float() if out is None else out.copy_(head)
         if self._soft_cap is not None:
             logits.div_(self._soft_cap).tanh_().mul_(self._soft_cap)
         return logits
@@ -108,7 +114,7 @@ class Model:
                 input_ids=step, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             )
             cache = output.past_key_values
-            logits = self.finish(self.head(output.last_hidden_state[:, -1]))
+            logits = self.logits(output.last_hidden_state[:, -1])
             step = logits.argmax(-1, keepdim=True)  # of numbers and NaN, NaN
             if not bool(torch.isfinite(logits.gather(1, step)).all()):
                 self.fail_not_finite(ids)
@@ -149,7 +155,7 @@ class Model:
         leaves = [(n, m) for n, m in self.module.named_modules() if not any(True for _ in m.children())]
         handles = [module.register_forward_hook(listen(name)) for name, module in leaves]
         try:
-            self.head(self.hidden(ids))
+            self.module.lm_head(self.hidden(ids))
         finally:
             for handle in handles:
                 handle.remove()

@@ -136,7 +136,7 @@ class ResidentReader:
         tops: list[Any] = []
         for begin in range(0, len(targets), HEAD_TOKENS):
             few = targets[begin : begin + HEAD_TOKENS]
-            logits = self.model.finish(self.model.head(hidden[begin : begin + len(few)]))
+            logits = self.model.logits(hidden[begin : begin + len(few)])
             logprobs = torch.log_softmax(logits, -1)
             nll.append(-logprobs.gather(1, few[:, None])[:, 0])
             tops.append(logprobs.topk(k))
