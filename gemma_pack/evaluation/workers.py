@@ -8,6 +8,7 @@ the time. Windows do not depend on each other: here each thread computes all ope
 from __future__ import annotations
 
 import contextlib
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -54,6 +55,10 @@ def window_workers(device: torch.device) -> Iterator[Workers]:
         return
     try:
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(threads // count,)) as pool:
+            # All are there before one begins: setting the number reaches into libraries that others compute with, and
+            # in one of twenty runs the cosines of a first pass came out less exact.
+            present = threading.Barrier(count)
+            list(pool.map(lambda _: present.wait(), range(count)))
             yield Workers(count, pool)
     finally:
         torch.set_num_threads(threads)  # of threads that are yet to come; this one's never changed
