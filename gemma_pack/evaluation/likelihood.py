@@ -16,7 +16,7 @@ from gemma_pack.evaluation.workers import window_workers
 from gemma_pack.report import BosCheck, KernelNoise, NoiseFloor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
     from torch import Tensor
@@ -151,7 +151,7 @@ def measure_noise(base: Model, ids: npt.NDArray[np.int32]) -> NoiseFloor:
     rows = torch.from_numpy(ids[: max(usual, NOISE_WINDOWS)].astype(np.int64))
 
     def states(batch: int) -> Tensor:
-        return torch.cat([base.hidden(rows[part]) for part in _slices(0, len(rows), batch)])
+        return torch.cat([base.hidden(few) for few in torch.split(rows, batch)])
 
     def distance(first: Tensor, second: Tensor) -> dict[str, float]:
         nll, again, kl, _, top1, top1_again = compare_states([first, second], base, base, rows)
@@ -208,7 +208,3 @@ def _smaller(batch: int, error: Exception) -> int:
             "the device runs out of memory with a single window", hint="use --profile smoke, or a larger device"
         ) from error
     return batch // 2
-
-
-def _slices(begin: int, end: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, end)) for start in range(begin, end, step))
