@@ -37,8 +37,8 @@ with torch.no_grad():
             shares = 1 + noise * torch.randn(rows, columns // 128, 1)
             weight.copy_((weight.view(rows, -1, 128) * shares).view(rows, columns))
     del weight
-bos, floor = check_bos(base, ids), measure_noise(base, ids)
 scores = score(base, variant, ids, Console("quiet"))
+floor, bos = measure_noise(base, ids), check_bos(base, ids)
 print(json.dumps({
     "kl": float(scores.kl_nats.mean()), "same": float(scores.same_top1.mean()), "noise_kl": floor.kl_nats,
     "ppl": float(scores.nll_base.mean()), "with_bos": bos.with_bos, "without_bos": bos.without_bos,
