@@ -233,9 +233,9 @@ class SpilledBase:
         """The number of logits of a token."""
         return self._base.vocabulary_size
 
-    def logits(self, hidden: Tensor, part: slice, out: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, part: slice, out: Tensor, room: Tensor) -> Tensor:
         """Write the base's logits of the ids in `part`, after the final soft-cap."""
-        return self._base.logits(hidden, part, out)
+        return self._base.logits(hidden, part, out, room)
 
     def fail_not_finite(self, ids: Tensor) -> None:
         """Raise QuantizationError; the states were finite, so it is the head."""

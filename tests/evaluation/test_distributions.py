@@ -39,7 +39,8 @@ class Given:
 
     vocabulary_size: int
 
-    def logits(self, hidden: torch.Tensor, part: slice, out: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, part: slice, out: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+        assert room.numel() >= out.numel()
         return out.copy_(hidden[:, part])
 
 

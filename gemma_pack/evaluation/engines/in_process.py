@@ -2,7 +2,8 @@
 
 Base and variant run the same code: bf16 weights, the attention kernel that is right for the family, logits after the
 model's own final soft-cap, in float32. A compressed-tensors variant is dequantized to bf16 when it is loaded, so its
-weights are exactly what its scales and integers say; activations are still quantized where the scheme asks for it.
+weights are exactly what its scales and integers say; activations are still rounded where the scheme asks for it, as the
+servers round them.
 """
 
 from __future__ import annotations
@@ -82,14 +83,20 @@ class Model:
         """The number of logits of a token."""
         return len(self._head)
 
-    def logits(self, hidden: Tensor, part: slice | None = None, out: Tensor | None = None) -> Tensor:
+    def logits(
+        self, hidden: Tensor, part: slice | None = None, out: Tensor | None = None, room: Tensor | None = None
+    ) -> Tensor:
         """Return the logits of hidden states [tokens, hidden], after the model's own final soft-cap.
 
         Float32 [tokens, vocabulary], or of the ids in `part` alone, written to `out` if given; computed in bf16, as the
-        model does.
+        model does. `room` is memory for as many bf16 values, flat, since fresh memory costs as much as a pass.
         """
-        head = hidden @ self._head[part or slice(None)].T
-        logits = head.float() if out is None else out.copy_(head)
+        import torch
+
+        head = self._head[part or slice(None)].T
+        size = len(hidden), head.shape[1]
+        product = hidden @ head if room is None else torch.mm(hidden, head, out=room[: size[0] * size[1]].view(size))
+        logits = product.float() if out is None else out.copy_(product)
         if self._soft_cap is not None:
             logits.div_(self._soft_cap).tanh_().mul_(self._soft_cap)
         return logits
@@ -172,6 +179,8 @@ def load(directory: Path, role: str, device: str) -> Model:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from gemma_pack.evaluation.engines.activations import round_activations
+
     raw = read_json(directory / "config.json")
     require_bfloat16(raw)
     attention = attention_implementation(raw)
@@ -198,6 +207,7 @@ def load(directory: Path, role: str, device: str) -> Model:
         raise CheckpointError(
             f"transformers cannot load {directory}: {reason}", hint="gemma-pack doctor shows whether the versions fit"
         ) from error
+    round_activations(module)
     return Model(module.eval(), role, attention, other_attention(raw))
 
 
