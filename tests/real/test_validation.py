@@ -25,8 +25,9 @@ from gemma_pack.texts import load_windows
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-directory, noise = Path(sys.argv[1]), float(sys.argv[2])
-ids = load_windows("builtin", "evaluation", directory, samples=8, sequence_length=256, seed=0).ids
+directory, noise, windows = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(int(sys.argv[4]) or torch.get_num_threads())
+ids = load_windows("builtin", "evaluation", directory, samples=windows, sequence_length=256, seed=0).ids
 before = peak()
 base, variant = load(directory, "base", "cpu"), load(directory, "variant", "cpu")
 torch.manual_seed(0)
@@ -43,13 +44,14 @@ print(json.dumps({
     "kl": float(scores.kl_nats.mean()), "same": float(scores.same_top1.mean()), "noise_kl": floor.kl_nats,
     "ppl": float(scores.nll_base.mean()), "with_bos": bos.with_bos, "without_bos": bos.without_bos,
     "weights": 2 * (directory / "model.safetensors").stat().st_size, "extra": peak() - before,
+    "threads": torch.get_num_threads(),
 }))
 """
 
 
-def measure(directory: Path, noise: float) -> dict[str, Any]:
+def measure(directory: Path, noise: float, *, windows: int = 8, threads: int = 0) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-c", SCORING, str(directory), str(noise)],
+        [sys.executable, "-c", SCORING, str(directory), str(noise), str(windows), str(threads)],
         env={"OMP_WAIT_POLICY": "PASSIVE", "PATH": "", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -77,3 +79,11 @@ def test_scales_that_are_off_in_one_layer_stand_out_of_the_noise(demo_checkpoint
     assert found["kl"] > 5 * found["noise_kl"]
     assert 0.01 < found["kl"] < 0.06  # measured on other text: 0.0215
     assert 0.85 < found["same"] < 0.97
+
+
+@pytest.mark.real
+def test_four_workers_with_as_many_tokens_as_they_take_at_once_keep_the_bound_of_memory(demo_checkpoint: Path) -> None:
+    found = measure(demo_checkpoint, 0.0, windows=64, threads=4)  # 4080 tokens of each
+    assert found["threads"] == 4
+    assert found["kl"] == 0
+    assert found["extra"] < found["weights"] + 1_000_000_000
