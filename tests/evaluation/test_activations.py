@@ -132,6 +132,7 @@ def test_a_scheme_follows_the_servers_rule(
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, rule(states.float()).bfloat16())
     assert torch.equal(scheme.round(states.transpose(0, 1)), found.transpose(0, 1))
+    assert scheme.round(states[:0]).shape == (0, 11, columns)
 
 
 def linear_with(arguments: QuantizationArgs) -> Any:

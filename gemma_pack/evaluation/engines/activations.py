@@ -76,8 +76,8 @@ class ActivationScheme:
         rounded = torch.empty_like(states, memory_format=torch.contiguous_format)
         rows, out = states.reshape(-1, states.shape[-1]), rounded.view(-1, states.shape[-1])
         alone = rows.device.type == "cpu" and torch.get_num_threads() == 1
-        at_once = max(1, VALUES_AT_ONCE // rows.shape[1]) if alone else len(rows)
-        values, room = rows.new_empty(2, min(at_once, len(rows)), rows.shape[1], dtype=torch.float32)
+        at_once = max(1, min(len(rows), VALUES_AT_ONCE // rows.shape[1] if alone else len(rows)))
+        values, room = rows.new_empty(2, at_once, rows.shape[1], dtype=torch.float32)
         for begin in range(0, len(rows), at_once):
             few = rows[begin : begin + at_once]
             self._round_(values[: len(few)].copy_(few), room[: len(few)])
