@@ -93,10 +93,10 @@ def command(
     variant read the same text and answer the same prompts; the gate is the recipe's.
 
     \b
-    Profiles, with the minutes that scoring Gemma 3 270M takes on 2 CPU cores:
-      smoke    8 windows of  256 tokens,   4 prompts,   2040 scored, 0.1 min
+    Profiles, with the minutes that all of it takes for Gemma 3 270M on 2 CPU cores:
+      smoke    8 windows of  256 tokens,   4 prompts,   2040 scored, 0.3 min
       quick   32 windows of  512 tokens,  16 prompts,  16352 scored, 0.8 min
-      full   256 windows of 1024 tokens, 128 prompts, 261888 scored, 12 min
+      full   256 windows of 1024 tokens, 128 prompts, 261888 scored, 11 min
 
     With --extend an undecided verdict takes as many more windows as would likely decide it, up to 8 times as many; both
     looks then use 97.5 % bounds. --also wikitext2-gptq adds the perplexity that papers quote, with no <bos> before its
