@@ -93,7 +93,7 @@ def command(
     variant read the same text and answer the same prompts; the gate is the recipe's.
 
     \b
-    Profiles, with the minutes that all of it takes for Gemma 3 270M on 2 CPU cores:
+    Profiles, with the minutes that Gemma 3 270M takes on 2 CPU cores, in all:
       smoke    8 windows of  256 tokens,   4 prompts,   2040 scored, 0.3 min
       quick   32 windows of  512 tokens,  16 prompts,  16352 scored, 0.8 min
       full   256 windows of 1024 tokens, 128 prompts, 261888 scored, 11 min
