@@ -76,16 +76,16 @@ def ours(recipe: str, scheme: str, bits: float, draws: tuple[int, ...] = (1,)) -
     return Contender(f"gemma-pack {recipe}", f"llm-compressor {scheme}", bits, draws, recipe)
 
 
-def other(name: str, scheme: str, bits: float) -> Contender:
+def other(name: str, scheme: str, bits: float, draws: tuple[int, ...] = (1,)) -> Contender:
     """Return another tool's checkpoint beside the preset of `scheme`."""
-    return Contender(name, f"llm-compressor {scheme}", bits)
+    return Contender(name, f"llm-compressor {scheme}", bits, draws)
 
 
 CONTENDERS = (
     preset("W4A16", 4.125, draws=(1, 2)),
     ours("w4a16-fast", "W4A16", 4.125, draws=(1, 2)),
     ours("w4a16", "W4A16", 4.125, draws=(1, 2)),
-    other("AutoRound W4A16", "W4A16", 4.125),
+    other("AutoRound W4A16", "W4A16", 4.125, draws=(1, 2)),
     other("bitsandbytes nf4", "W4A16", 4.127),
     other("GGUF Q4_0", "W4A16", 4.5),
     ours("w4a16-g32", "W4A16", 4.5),
