@@ -183,6 +183,7 @@ class SpilledBase:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.error: Spilled | None = None
+        self.soft_cap = base.soft_cap
         self._base = base
 
     @property
@@ -233,9 +234,13 @@ class SpilledBase:
         """The number of logits of a token."""
         return self._base.vocabulary_size
 
-    def logits(self, hidden: Tensor, part: slice, out: Tensor, room: Tensor) -> Tensor:
-        """Write the base's logits of the ids in `part`, after the final soft-cap."""
-        return self._base.logits(hidden, part, out, room)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the base's logits."""
+        return self._base.logits(hidden)
+
+    def products(self, hidden: Tensor, part: slice, room: Tensor) -> Tensor:
+        """Return the base's products of the ids in `part`, before the soft-cap."""
+        return self._base.products(hidden, part, room)
 
     def fail_not_finite(self, ids: Tensor) -> None:
         """Raise QuantizationError; the states were finite, so it is the head."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from gemma_pack.checkpoint import read_json
 from gemma_pack.console import format_bytes
 from gemma_pack.errors import CheckpointError, MachineError, QuantizationError
+from gemma_pack.evaluation.distributions import soft_capped_
 from gemma_pack.gemma import attention_implementation, other_attention, require_bfloat16
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Answer:
 class Model:
     """A loaded model that gives hidden states, logits and greedy answers.
 
-    `role` is how errors name it: `base` or `variant`.
+    `role` is how errors name it: `base` or `variant`. `soft_cap` is the final one of Gemma 2 and 4, None for others.
     """
 
     def __init__(self, module: Any, role: str, attention: str, other_attention: str | None = None) -> None:  # noqa: ANN401 - a transformers model
@@ -51,7 +52,7 @@ class Model:
         self.other_attention = other_attention
         text = module.config.get_text_config()
         self._head: Tensor = module.lm_head.weight
-        self._soft_cap: float | None = getattr(text, "final_logit_softcapping", None)
+        self.soft_cap: float | None = getattr(text, "final_logit_softcapping", None)
         self._ends = _end_tokens(module)
 
     @property
@@ -83,23 +84,20 @@ class Model:
         """The number of logits of a token."""
         return len(self._head)
 
-    def logits(
-        self, hidden: Tensor, part: slice | None = None, out: Tensor | None = None, room: Tensor | None = None
-    ) -> Tensor:
-        """Return the logits of hidden states [tokens, hidden], after the model's own final soft-cap.
+    def products(self, hidden: Tensor, part: slice, room: Tensor) -> Tensor:
+        """Return the head's products of hidden states [tokens, hidden] with the ids in `part`, bf16 [tokens, part].
 
-        Float32 [tokens, vocabulary], or of the ids in `part` alone, written to `out` if given; computed in bf16, as the
-        model does. `room` is memory for as many bf16 values, flat, since fresh memory costs as much as a pass.
+        They are written to `room`, flat bf16, since fresh memory costs as much as a pass over it.
         """
         import torch
 
-        head = self._head[part or slice(None)].T
+        head = self._head[part].T
         size = len(hidden), head.shape[1]
-        product = hidden @ head if room is None else torch.mm(hidden, head, out=room[: size[0] * size[1]].view(size))
-        logits = product.float() if out is None else out.copy_(product)
-        if self._soft_cap is not None:
-            logits.div_(self._soft_cap).tanh_().mul_(self._soft_cap)
-        return logits
+        return torch.mm(hidden, head, out=room[: size[0] * size[1]].view(size))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of hidden states [tokens, hidden], float32 [tokens, vocabulary], after the soft-cap."""
+        return soft_capped_((hidden @ self._head.T).float(), self.soft_cap)
 
     def answers(self, prompts: Sequence[Sequence[int]], limit: int) -> list[Answer]:
         """Return the greedy continuations of `prompts`, answered together, of at most `limit` tokens each.

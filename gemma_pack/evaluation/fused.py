@@ -1,0 +1,235 @@
+"""The sums behind two softmaxes and their divergence, in one pass over a block of logits on a CPU.
+
+By operations of torch each sum is a pass over memory of its own, and the exponential one by one is most of the time.
+Here a row of both models' logits is widened, capped, exponentiated and summed while it is in registers; numba makes
+machine code of it for the processor at hand, a second or two of work in the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
+
+import numba
+import numpy as np
+from numba.core import types
+from numba.extending import intrinsic
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Row = npt.NDArray[np.int16]
+    """Bits of bfloat16 logits of a token, before the soft-cap."""
+    Block = npt.NDArray[np.int16]
+    """Such rows of some tokens."""
+    SoftCaps = tuple[float | None, float | None]
+    """Of base and variant."""
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+SPAN: Final = 512
+"""Logits of a row that are summed in float32 before they join the float64 sums."""
+FARTHEST: Final = 40.0
+"""How far the highest logit may be from what is subtracted: exp(40) of each of 10^6 tokens is 2e23, of 1e38 in float32,
+and exp(-40) is 4e-18, of 1e-38."""
+_SMALLEST: Final = np.float32(-87)
+"""Whose exponential is still a normal float32; below it is as good as 0."""
+_INFINITE: Final = np.int16(0x7F80)
+"""The bits of an infinite bfloat16; those of NaN are higher."""
+_LOG2_E: Final = np.float32(1.44269504)
+_LN2_HIGH: Final = np.float32(0.693359375)
+_LN2_LOW: Final = np.float32(-2.12194440e-4)
+_POLYNOMIAL: Final = tuple(
+    map(np.float32, (1.9875691e-4, 1.3981999e-3, 8.3334519e-3, 4.1665796e-2, 1.6666666e-1, 5.0000001e-1))
+)
+
+
+def _compiled(function: Function) -> Function:
+    """Compile a function of numbers; several threads may run it at once."""
+    compiled: Any = numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
+    return cast("Function", compiled)
+
+
+def _summing(function: Function) -> Function:
+    """Compile a function whose sums may be taken in any order, so that the processor can take many terms at once."""
+    compiled: Any = numba.njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})(function)
+    return cast("Function", compiled)
+
+
+class Sums(NamedTuple):
+    """What was summed of each token, [tokens, 2]: of the base, then of the variant; `weighted` is of both, [tokens].
+
+    `read` is the id of the token that was read. With z the logits, c the origin and x = z - c: `total` is Σ exp x,
+    `weighted` is Σ exp(x) (x - y) with x the base's and y the variant's, `highest` is max z, `top1` its id, `target`
+    the logit of the token that was read.
+    """
+
+    read: npt.NDArray[np.int64]
+    origin: npt.NDArray[np.float64]
+    total: npt.NDArray[np.float64]
+    weighted: npt.NDArray[np.float64]
+    highest: npt.NDArray[np.float64]
+    target: npt.NDArray[np.float64]
+    top1: npt.NDArray[np.int64]
+
+    def split(self, count: int) -> list[Sums]:
+        """Return the sums of so many runs of the tokens, in the same memory."""
+        return [Sums(*columns) for columns in zip(*(np.array_split(column, count) for column in self), strict=True)]
+
+
+def no_sums(read: npt.NDArray[np.int64]) -> Sums:
+    """Return the sums before any block, of tokens of which the ids `read` were read."""
+    tokens = len(read)
+    return Sums(
+        read=read,
+        origin=np.zeros((tokens, 2)),
+        total=np.zeros((tokens, 2)),
+        weighted=np.zeros(tokens),
+        highest=np.full((tokens, 2), -np.inf),
+        target=np.zeros((tokens, 2)),
+        top1=np.zeros((tokens, 2), np.int64),
+    )
+
+
+@intrinsic
+def _float32_of(context: Any, bits: Any) -> Any:  # noqa: ANN401 - numba's own
+    """Return the float32 that 32 bits stand for."""
+    del context, bits
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ANN401 - numba's own
+        return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.float32(types.int32), generate
+
+
+_float32 = cast("Callable[[np.int32], np.float32]", _float32_of)
+
+
+@_compiled
+def _widened(bits: np.int16) -> np.float32:
+    """Return a bfloat16, given by its bits: they are the upper half of a float32's."""
+    return _float32(np.int32(bits) << np.int32(16))
+
+
+@_compiled
+def _ordered(bits: np.int16) -> np.int16:
+    """Return a bfloat16's bits so that they compare as the numbers do, or such bits as they were."""
+    return np.int16(bits ^ ((bits >> np.int16(15)) & np.int16(0x7FFF)))
+
+
+@_compiled
+def exponential(x: np.float32) -> np.float32:
+    """Return exp(x), x from -87 to 88, within 2 units in the last place; below -87 that of -87.
+
+    exp(x) = 2^n exp(r), n the integer next to x / ln 2, exp(r) by the polynomial of Moshier's Cephes library, expf.c.
+    """
+    x = max(x, _SMALLEST)
+    n = np.floor(x * _LOG2_E + np.float32(0.5))
+    r = x - n * _LN2_HIGH - n * _LN2_LOW
+    value = np.float32(0)
+    for coefficient in _POLYNOMIAL:
+        value = value * r + coefficient
+    value = value * r * r + r + np.float32(1)
+    return np.float32(value * _float32((np.int32(n) + np.int32(127)) << np.int32(23)))
+
+
+@_compiled
+def _capped(bits: np.int16, soft_cap: float | None) -> np.float32:
+    """Return a logit z after the soft-cap c: c tanh(z / c); c is None where there is none."""
+    z = _widened(bits)
+    if soft_cap is None:
+        return z
+    cap = np.float32(soft_cap)
+    doubled = min(max(np.float32(2) / cap * z, np.float32(-30)), np.float32(30))
+    return cap - np.float32(2) * cap / (exponential(doubled) + np.float32(1))
+
+
+@_compiled
+def _highest(logits: Row) -> tuple[np.int16, bool]:
+    """Return the bits of the highest of a row of logits, and whether none is NaN or infinite.
+
+    Integers, since these are compared 32 at a time, and floats one by one.
+    """
+    lowest, highest = np.int16(0x7FFF), np.int16(-0x8000)
+    for place in range(len(logits)):
+        key = _ordered(logits[place])
+        highest = max(highest, key)
+        lowest = min(lowest, key)
+    return _ordered(highest), bool(lowest > -_INFINITE - 1 and highest < _INFINITE)
+
+
+@_compiled
+def _move(sums: Sums, at: tuple[int, int], origin: float) -> None:
+    """Let the logits of a token and model be counted from `origin`, as if they always had been.
+
+    Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv 1805.02867, algorithm 3. Where x changes
+    by d and y by e, X becomes exp(d) X, and S becomes exp(d) S + (d - e) X with that X.
+    """
+    change = sums.origin[at] - origin
+    sums.origin[at] = origin
+    sums.total[at] *= np.exp(change)
+    token, which = at
+    if which == 0:
+        sums.weighted[token] = np.exp(change) * sums.weighted[token] + change * sums.total[at]
+    else:
+        sums.weighted[token] -= change * sums.total[token, 0]
+
+
+@_compiled
+def _look(logits: Row, soft_cap: float | None, begin: int, sums: Sums, at: tuple[int, int]) -> None:
+    """Note the highest of a row of logits of the ids from `begin` on, and move the origin where it leaves it."""
+    bits, finite = _highest(logits)
+    if not finite:
+        sums.total[at] = np.nan
+        return
+    highest = _capped(bits, soft_cap)
+    if highest > sums.highest[at]:
+        sums.highest[at] = highest
+        for place in range(len(logits)):
+            if _capped(logits[place], soft_cap) == highest:
+                sums.top1[at] = begin + place
+                break
+    if begin == 0 and abs(highest) > FARTHEST:
+        sums.origin[at] = highest
+    elif highest - sums.origin[at] > FARTHEST:
+        _move(sums, at, highest)
+
+
+@_summing
+def _add(base: Row, variant: Row, soft_caps: SoftCaps, sums: Sums, token: int) -> None:
+    """Add the exponentials of a row of both models' logits."""
+    base_origin, variant_origin = np.float32(sums.origin[token, 0]), np.float32(sums.origin[token, 1])
+    base_total, variant_total, weighted = np.float32(0), np.float32(0), np.float32(0)
+    for place in range(len(base)):
+        x = _capped(base[place], soft_caps[0]) - base_origin
+        y = _capped(variant[place], soft_caps[1]) - variant_origin
+        weight = exponential(x)
+        base_total += weight
+        weighted += weight * (x - y)
+        variant_total += exponential(y)
+    sums.total[token, 0] += base_total
+    sums.total[token, 1] += variant_total
+    sums.weighted[token] += weighted
+
+
+@_compiled
+def add_block(soft_caps: SoftCaps, begin: int, base: Block, variant: Block, sums: Sums) -> None:
+    """Add a block of logits to the sums.
+
+    Args:
+        soft_caps: of both models.
+        begin: the first id of the block.
+        base: the bits of its bfloat16 logits of the ids from `begin` on, before the soft-cap, [tokens, block].
+        variant: likewise.
+        sums: of these tokens. Where a logit is NaN or infinite, that model's `total` becomes NaN.
+    """
+    for token in range(len(base)):
+        for start in range(0, base.shape[1], SPAN):
+            x, y = base[token, start : start + SPAN], variant[token, start : start + SPAN]
+            _look(x, soft_caps[0], begin + start, sums, (token, 0))
+            _look(y, soft_caps[1], begin + start, sums, (token, 1))
+            _add(x, y, soft_caps, sums, token)
+        place = sums.read[token] - begin
+        if 0 <= place < base.shape[1]:
+            sums.target[token, 0] = _capped(base[token, place], soft_caps[0])
+            sums.target[token, 1] = _capped(variant[token, place], soft_caps[1])
