@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TOKENS_AT_ONCE: Final = 4096
 """Tokens that the heads run over at once on a CPU; each such pass reads their weights once."""
-CACHED_BYTES: Final = 2 << 20
+CACHED_BYTES: Final = 4 << 20
 """Products of one model's head at once on a CPU, which should stay in its cache until they are summed."""
 DEVICE_BYTES: Final = 128 << 20
 """Float32 logits of one model at once where they are whole; six such are alive at a time."""

@@ -192,7 +192,7 @@ def _look(logits: Row, soft_cap: float | None, begin: int, sums: Sums, at: tuple
     if begin == 0 and abs(highest) > FARTHEST:
         sums.origin[at] = highest
     elif highest - sums.origin[at] > FARTHEST:
-        _move(sums, at, highest)
+        _move(sums, at, float(highest))
 
 
 @_summing
