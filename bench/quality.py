@@ -6,7 +6,8 @@ Everything runs on the demo model. Calibration, choice and report texts come fro
 (bench/texts.py); the figures are of the report texts, which no setting was chosen by. Each contender is divided by
 llm-compressor's preset of the same scheme, text by text and draw by draw of the calibration windows; the range of
 these ratios stands beside their mean. What is made and measured is kept in WORK, so that a second run measures what
-changed. The tables go to stdout and, with date and versions, to bench/results/quality.json.
+changed. The tables go to stdout, each row with its date and processor to bench/results/quality.json; a contender is
+to be measured in one run with the preset that it is divided by.
 """
 
 from __future__ import annotations
@@ -115,6 +116,8 @@ class Row:
     kl_nats: float
     ppl_ratio: float
     same_top1_percent: float
+    date: str
+    machine: str
 
 
 class Bench:
@@ -199,9 +202,18 @@ class Bench:
                     kl_nats=float(found.kl_nats.mean()),
                     ppl_ratio=float(np.exp((found.nll_variant - found.nll_base).mean())),
                     same_top1_percent=100 * float(found.same_top1.mean()),
+                    date=dt.datetime.now(dt.UTC).date().isoformat(),
+                    machine=processor(),
                 )
             )
         return rows
+
+
+def processor() -> str:
+    """Return the name of the processor, and whether it multiplies bf16 matrices by itself."""
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    return name + (" with AMX" if any("amx_bf16" in line for line in lines) else "")
 
 
 def markdown(contenders: Sequence[Contender], rows: Sequence[Row]) -> str:
@@ -225,27 +237,28 @@ def markdown(contenders: Sequence[Contender], rows: Sequence[Row]) -> str:
 
 
 def write_results(name: str, bench: Bench, contenders: Sequence[Contender], rows: Sequence[Row]) -> None:
-    """Write the rows, with date, machine and versions, to bench/results/."""
+    """Write the rows, with versions, to bench/results/, where those of contenders not among them stay."""
+    path = HERE / "results" / f"{name}.json"
+    before = json.loads(path.read_text("utf-8")) if path.is_file() else {"bits": {}, "rows": []}
+    kept = [row for row in before["rows"] if row["contender"] not in {contender.name for contender in contenders}]
     made = {
-        "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, CPU",
         "versions": {version: importlib.metadata.version(version) for version in VERSIONS},
         "calibration": f"{SAMPLES} x {SEQUENCE_LENGTH} tokens of {len(list(bench.texts.glob('calibrate-*')))} texts, "
         "drawn by the seed in `draw`",
         "measured": f"{bench.windows} windows of {SEQUENCE_LENGTH} tokens of each {bench.purpose} text",
-        "bits": {contender.name: contender.bits for contender in contenders},
-        "rows": [asdict(row) for row in rows],
+        "bits": before["bits"] | {contender.name: contender.bits for contender in contenders},
+        "rows": kept + [asdict(row) for row in rows],
     }
-    directory = HERE / "results"
-    directory.mkdir(exist_ok=True)
-    (directory / f"{name}.json").write_text(json.dumps(made, indent=2) + "\n", "utf-8")
+    path.write_text(json.dumps(made, indent=2) + "\n", "utf-8")
 
 
 def main() -> None:
     """Quantize with every contender, measure and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--only", action="append", default=[], help="contenders; results are written of all alone")
+    parser.add_argument(
+        "--only", action="append", default=[], help="contenders; the results of others stay as they are"
+    )
     parser.add_argument("--windows", type=int, default=4)
     options = parser.parse_args()
     contenders = [c for c in CONTENDERS if not options.only or c.name in options.only]
@@ -254,8 +267,7 @@ def main() -> None:
     rows = [row for c in contenders for draw in c.draws for row in bench.measure(c, draw)]
     for preset in dict.fromkeys(contender.beside for contender in contenders):
         print(markdown([c for c in contenders if c.beside == preset], rows), end="\n\n")
-    if not options.only:
-        write_results("quality", bench, contenders, rows)
+    write_results("quality", bench, contenders, rows)
 
 
 if __name__ == "__main__":

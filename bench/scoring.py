@@ -17,12 +17,13 @@ import datetime as dt
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from quality import processor
 
 from gemma_pack.console import table
 
@@ -139,7 +140,7 @@ def main() -> None:
     made = {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "variant": options.variant.name,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{processor()}, {os.cpu_count()} cores",
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         "rows": rows,
     }
