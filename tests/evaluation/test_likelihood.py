@@ -145,3 +145,23 @@ def test_nan_is_a_failure_that_names_model_and_layer(
     pair = (broken, sound) if role == "base" else (sound, broken)
     with pytest.raises(QuantizationError, match=rf"the {role} computes NaN .* model.layers.1.mlp.up_proj"):
         score(*pair, evaluation_windows.ids[:2], reporter)
+
+
+def test_no_thread_lays_4_bit_weights_out_anew(
+    tiny_checkpoint: Path, tmp_path: Path, reporter: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes 0.50 does so in a first pass where the processor multiplies bf16; two threads at once fail."""
+    from bitsandbytes.nn import modules
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    AutoModelForCausalLM.from_pretrained(
+        tiny_checkpoint, dtype=torch.bfloat16, quantization_config=config
+    ).save_pretrained(tmp_path / "nf4")
+    base, variant = load(tiny_checkpoint, "base", "cpu"), load(tmp_path / "nf4", "variant", "cpu")
+    later: list[object] = []
+    convert = modules._convert_weight_packed_for_cpu
+    monkeypatch.setattr(modules, "_convert_weight_packed_for_cpu", lambda *its: later.append(its) or convert(*its))
+    scores = score(base, variant, np.random.default_rng(0).integers(10, 500, (4, 20), np.int32), reporter)
+    assert not later
+    assert 0 < scores.kl_nats.mean() < 1

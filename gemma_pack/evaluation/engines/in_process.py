@@ -206,7 +206,13 @@ def load(directory: Path, role: str, device: str) -> Model:
             f"transformers cannot load {directory}: {reason}", hint="gemma-pack doctor shows whether the versions fit"
         ) from error
     round_activations(module)
-    return Model(module.eval(), role, attention, other_attention(raw))
+    module.eval()
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "bitsandbytes":
+        with (
+            torch.no_grad()
+        ):  # its 4-bit layers lay their weights out anew in their first pass, no matter who else reads
+            module.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=module.device), use_cache=False)
+    return Model(module, role, attention, other_attention(raw))
 
 
 def fits_memory(size_bytes: int, device: str) -> bool:
