@@ -208,9 +208,8 @@ def load(directory: Path, role: str, device: str) -> Model:
     round_activations(module)
     module.eval()
     if isinstance(quantization, dict) and quantization.get("quant_method") == "bitsandbytes":
-        with (
-            torch.no_grad()
-        ):  # its 4-bit layers lay their weights out anew in their first pass, no matter who else reads
+        # Its 4-bit layers lay their weights out anew in their first pass, which threads must not do at once.
+        with torch.no_grad():
             module.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=module.device), use_cache=False)
     return Model(module, role, attention, other_attention(raw))
 
