@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -23,16 +24,25 @@ from tests.real.vllm_server import START_SECONDS, server_environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.real
+
+
+def cpu_flags() -> set[str]:
+    """Return what the processor says it can do."""
+    return set(Path("/proc/cpuinfo").read_text("utf-8").split())
+
 
 LAYERS: Final = (4, 5)
 PROMPT_TOKENS: Final = 120
 """Of text: two layers that were cut out are unsure of most, and a few tokens would show bfloat16's noise alone."""
 KERNEL_NATS: Final = 0.05
 """Between an int4 kernel with bfloat16 activations and float32; measured: 0.019 to 0.022, and 0.019 of the base."""
-REFUSALS: Final = {
+WITHOUT_AMX: Final = (
+    {} if "amx_tile" in cpu_flags() else {"fp8-block": "CPUFp8BlockScaledMMKernel requires AMX tile support"}
+)
+"""What it says besides where the processor has no tiles to multiply matrices by."""
+REFUSALS: Final = WITHOUT_AMX | {
     "bnb-int8": "bitsandbytes",
     "bnb-nf4": "bitsandbytes",
     "fp8": "static_scaled_fp8_quant",
