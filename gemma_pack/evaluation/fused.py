@@ -50,6 +50,12 @@ def _compiled(function: Function) -> Function:
     return cast("Function", compiled)
 
 
+def _rounding(function: Function) -> Function:
+    """Compile a function each of whose products is rounded, so that what is added and taken away again leaves 0."""
+    compiled: Any = numba.njit(nogil=True, error_model="numpy")(function)
+    return cast("Function", compiled)
+
+
 def _summing(function: Function) -> Function:
     """Compile a function whose sums may be taken in any order, so that the processor can take many terms at once."""
     compiled: Any = numba.njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})(function)
@@ -158,7 +164,7 @@ def _highest(logits: Row) -> tuple[np.int16, bool]:
     return _ordered(highest), bool(lowest > -_INFINITE - 1 and highest < _INFINITE)
 
 
-@_compiled
+@_rounding
 def _move(sums: Sums, at: tuple[int, int], origin: float) -> None:
     """Let the logits of a token and model be counted from `origin`, as if they always had been.
 
