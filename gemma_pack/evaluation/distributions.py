@@ -26,9 +26,6 @@ CACHED_BYTES: Final = 4 << 20
 DEVICE_BYTES: Final = 128 << 20
 """Float32 logits of one model at once where they are whole; six such are alive at a time."""
 
-ROUNDED_NATS: Final = 1e-15
-"""What rounding in float64 leaves of sums that cancel; a KL below it is 0."""
-
 
 class Scorable(Protocol):
     """What scoring asks of a model; `engines.in_process.Model` says what each does."""
@@ -86,7 +83,7 @@ def compare_heads(
     compare = _compare_blocks if targets.device.type == "cpu" else _compare_whole
     nll_base, nll_variant, kl, base_top1, variant_top1 = compare(base, variant, base_states, variant_states, targets)
     delta_p = (-nll_variant).exp() - (-nll_base).exp()
-    return nll_base, nll_variant, kl.masked_fill(kl < ROUNDED_NATS, 0), delta_p, base_top1.int(), variant_top1.int()
+    return nll_base, nll_variant, kl.clamp(min=0), delta_p, base_top1.int(), variant_top1.int()
 
 
 def _compare_blocks(

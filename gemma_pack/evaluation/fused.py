@@ -50,12 +50,6 @@ def _compiled(function: Function) -> Function:
     return cast("Function", compiled)
 
 
-def _rounding(function: Function) -> Function:
-    """Compile a function each of whose products is rounded, so that what is added and taken away again leaves 0."""
-    compiled: Any = numba.njit(nogil=True, error_model="numpy")(function)
-    return cast("Function", compiled)
-
-
 def _summing(function: Function) -> Function:
     """Compile a function whose sums may be taken in any order, so that the processor can take many terms at once."""
     compiled: Any = numba.njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})(function)
@@ -164,30 +158,15 @@ def _highest(logits: Row) -> tuple[np.int16, bool]:
     return _ordered(highest), bool(lowest > -_INFINITE - 1 and highest < _INFINITE)
 
 
-@_rounding
-def _move(sums: Sums, at: tuple[int, int], origin: float) -> None:
-    """Let the logits of a token and model be counted from `origin`, as if they always had been.
-
-    Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv 1805.02867, algorithm 3. Where x changes
-    by d and y by e, X becomes exp(d) X, and S becomes exp(d) S + (d - e) X with that X.
-    """
-    change = sums.origin[at] - origin
-    sums.origin[at] = origin
-    sums.total[at] *= np.exp(change)
-    token, which = at
-    if which == 0:
-        sums.weighted[token] = np.exp(change) * sums.weighted[token] + change * sums.total[at]
-    else:
-        sums.weighted[token] -= change * sums.total[token, 0]
-
-
 @_compiled
-def _look(logits: Row, soft_cap: float | None, begin: int, sums: Sums, at: tuple[int, int]) -> None:
-    """Note the highest of a row of logits of the ids from `begin` on, and move the origin where it leaves it."""
+def _look(logits: Row, soft_cap: float | None, begin: int, sums: Sums, at: tuple[int, int]) -> float:
+    """Note the highest of a row of logits of the ids from `begin` on; return how far up it leaves the origin.
+
+    It is 0 where the highest stays within `FARTHEST`, and NaN where a logit is NaN or infinite.
+    """
     bits, finite = _highest(logits)
     if not finite:
-        sums.total[at] = np.nan
-        return
+        return np.nan
     highest = _capped(bits, soft_cap)
     if highest > sums.highest[at]:
         sums.highest[at] = highest
@@ -197,8 +176,27 @@ def _look(logits: Row, soft_cap: float | None, begin: int, sums: Sums, at: tuple
                 break
     if begin == 0 and abs(highest) > FARTHEST:
         sums.origin[at] = highest
-    elif highest - sums.origin[at] > FARTHEST:
-        _move(sums, at, float(highest))
+    distance = highest - sums.origin[at]
+    return distance if distance > FARTHEST else 0.0
+
+
+@_compiled
+def _move(sums: Sums, token: int, up: tuple[float, float]) -> None:
+    """Let both models' logits of a token be counted from origins that are higher by `up`, as if they always had been.
+
+    Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv 1805.02867, algorithm 3. Where x changes
+    by -d and y by -e, X becomes exp(-d) X, and S becomes exp(-d) S + (e - d) X with that X.
+    """
+    for which in range(2):
+        sums.origin[token, which] += up[which]
+        sums.total[token, which] *= np.exp(-up[which])
+    sums.weighted[token] = np.exp(-up[0]) * sums.weighted[token] + (up[1] - up[0]) * sums.total[token, 0]
+
+
+@_compiled
+def _shifted(bits: np.int16, soft_cap: float | None, origin: np.float32) -> np.float32:
+    """Return a logit less its origin, rounded as it is of a model that is compared with itself."""
+    return _capped(bits, soft_cap) - origin
 
 
 @_summing
@@ -207,8 +205,8 @@ def _add(base: Row, variant: Row, soft_caps: SoftCaps, sums: Sums, token: int) -
     base_origin, variant_origin = np.float32(sums.origin[token, 0]), np.float32(sums.origin[token, 1])
     base_total, variant_total, weighted = np.float32(0), np.float32(0), np.float32(0)
     for place in range(len(base)):
-        x = _capped(base[place], soft_caps[0]) - base_origin
-        y = _capped(variant[place], soft_caps[1]) - variant_origin
+        x = _shifted(base[place], soft_caps[0], base_origin)
+        y = _shifted(variant[place], soft_caps[1], variant_origin)
         weight = exponential(x)
         base_total += weight
         weighted += weight * (x - y)
@@ -232,8 +230,12 @@ def add_block(soft_caps: SoftCaps, begin: int, base: Block, variant: Block, sums
     for token in range(len(base)):
         for start in range(0, base.shape[1], SPAN):
             x, y = base[token, start : start + SPAN], variant[token, start : start + SPAN]
-            _look(x, soft_caps[0], begin + start, sums, (token, 0))
-            _look(y, soft_caps[1], begin + start, sums, (token, 1))
+            up = (
+                _look(x, soft_caps[0], begin + start, sums, (token, 0)),
+                _look(y, soft_caps[1], begin + start, sums, (token, 1)),
+            )
+            if up != (0.0, 0.0):
+                _move(sums, token, up)
             _add(x, y, soft_caps, sums, token)
         place = sums.read[token] - begin
         if 0 <= place < base.shape[1]:

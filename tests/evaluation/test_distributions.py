@@ -105,10 +105,11 @@ def test_each_block_may_raise_the_highest_logit_by_any_amount(monkeypatch: pytes
         assert ours.double() == pytest.approx(theirs.double(), rel=1e-5)
 
 
-def test_a_distribution_has_no_divergence_from_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_block(monkeypatch, tokens=8, block=77)
-    logits = torch.randn(8, 1000).bfloat16()
-    nll_base, nll_variant, kl, delta_p, base_top1, variant_top1 = compare(logits, logits, torch.arange(8))
+@pytest.mark.parametrize("scale", [1, 80])
+def test_a_distribution_has_no_divergence_from_itself(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    set_block(monkeypatch, tokens=200, block=77)
+    logits = (scale * torch.randn(200, 1000, generator=torch.Generator().manual_seed(0))).bfloat16()
+    nll_base, nll_variant, kl, delta_p, base_top1, variant_top1 = compare(logits, logits, torch.arange(200))
     assert torch.equal(nll_base, nll_variant)
     assert torch.equal(base_top1, variant_top1)
     assert not kl.any()
