@@ -27,22 +27,12 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.real
 
-
-def cpu_flags() -> set[str]:
-    """Return what the processor says it can do."""
-    return set(Path("/proc/cpuinfo").read_text("utf-8").split())
-
-
 LAYERS: Final = (4, 5)
 PROMPT_TOKENS: Final = 120
 """Of text: two layers that were cut out are unsure of most, and a few tokens would show bfloat16's noise alone."""
 KERNEL_NATS: Final = 0.05
 """Between an int4 kernel with bfloat16 activations and float32; measured: 0.019 to 0.022, and 0.019 of the base."""
-WITHOUT_AMX: Final = (
-    {} if "amx_tile" in cpu_flags() else {"fp8-block": "CPUFp8BlockScaledMMKernel requires AMX tile support"}
-)
-"""What it says besides where the processor has no tiles to multiply matrices by."""
-REFUSALS: Final = WITHOUT_AMX | {
+REFUSALS: Final = {
     "bnb-int8": "bitsandbytes",
     "bnb-nf4": "bitsandbytes",
     "fp8": "static_scaled_fp8_quant",
@@ -50,6 +40,8 @@ REFUSALS: Final = WITHOUT_AMX | {
     "w8a16": "Quant type (uint8b128) not supported by CPUWNA16",
 }
 """What vLLM's CPU build, 0.32, says of schemes that it has no kernel for; GPU builds do, but for bitsandbytes."""
+if "amx_tile" not in Path("/proc/cpuinfo").read_text("utf-8"):  # its kernel for this scheme multiplies by AMX alone
+    REFUSALS["fp8-block"] = "CPUFp8BlockScaledMMKernel requires AMX tile support"
 
 NOT_ASKED: Final = {"fp8-dynamic", "fp8-cache"}
 """vLLM's CPU build answers from FP8_DYNAMIC too, and takes ten minutes for a dozen tokens of the demo model."""

@@ -207,8 +207,8 @@ def load(directory: Path, role: str, device: str) -> Model:
         ) from error
     round_activations(module)
     module.eval()
-    if isinstance(quantization, dict) and quantization.get("quant_method") == "bitsandbytes":
-        # Its 4-bit layers lay their weights out anew in their first pass, which threads must not do at once.
+    if isinstance(quantization, dict):
+        # Quantized layers may lay their weights out anew in their first pass, which threads must not do at once.
         with torch.no_grad():
             module.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=module.device), use_cache=False)
     return Model(module, role, attention, other_attention(raw))
