@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemma_pack.bfloat16 import multiply_in_float32
 from gemma_pack.errors import CheckpointError
 from gemma_pack.gemma import attention_implementation, decoder_prefix, layer_number, layer_types
 
@@ -149,7 +150,10 @@ def _skeleton(
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention_implementation(checkpoint.config)
         )
-    return model.eval().requires_grad_(requires_grad=False).model
+    model.eval().requires_grad_(requires_grad=False)
+    if device.type == "cpu":
+        multiply_in_float32(model)
+    return model.model
 
 
 def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemma_pack.bfloat16 import product
 from gemma_pack.quantization.memory import TOKENS_A_PRODUCT
 
 if TYPE_CHECKING:
@@ -27,13 +28,13 @@ class _KlToBase(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, len(hidden), TOKENS_A_PRODUCT):
             span = slice(start, start + TOKENS_A_PRODUCT)
-            logits, base_logits = hidden[span] @ head.T, base_hidden[span] @ head.T
+            logits, base_logits = product(hidden[span], head.T), product(base_hidden[span], head.T)
             for row in range(0, len(logits), _TOKENS_A_ROW_BLOCK):
                 rows = slice(row, row + _TOKENS_A_ROW_BLOCK)
                 kl, logits[rows] = _kl_and_gradient(logits[rows].float(), base_logits[rows].float(), soft_cap)
                 total += kl
             if ctx.needs_input_grad[0]:
-                gradient[span] = logits @ head
+                gradient[span] = product(logits, head)
         ctx.save_for_backward(gradient / len(hidden))
         return (total / len(hidden)).float()
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemma_pack.bfloat16 import multiply_in_float32, product
 from gemma_pack.gemma import attention_implementation
 from gemma_pack.quantization.memory import refinement_bytes
 from gemma_pack.quantization.packing import unpack_codes
@@ -30,17 +31,17 @@ class _ScaledProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, codes: Tensor, scale: Tensor) -> Tensor:  # noqa: ANN401 - torch's own
         ctx.save_for_backward(inputs, codes, scale)
-        return inputs @ _weight(codes.to(inputs.device), scale).T
+        return product(inputs, _weight(codes.to(inputs.device), scale).T)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, Tensor]:  # noqa: ANN401 - torch's own
         inputs, codes, scale = ctx.saved_tensors
         codes = codes.to(inputs.device)
         (gradient,) = grad_outputs
-        by_weight = gradient.flatten(0, -2).T @ inputs.flatten(0, -2)
+        by_weight = product(gradient.flatten(0, -2).T, inputs.flatten(0, -2))
         rows, groups = scale.shape
         by_scale = (by_weight.view(rows, groups, -1) * codes.view(rows, groups, -1)).sum(-1, dtype=torch.float32)
-        return gradient @ _weight(codes, scale), None, by_scale.to(scale.dtype)
+        return product(gradient, _weight(codes, scale)), None, by_scale.to(scale.dtype)
 
 
 def _weight(codes: Tensor, scale: Tensor) -> Tensor:
@@ -92,6 +93,8 @@ def load_untuned(checkpoint: Checkpoint, device: torch.device, *, streamed: bool
         local_files_only=True,
     )
     model.eval().requires_grad_(requires_grad=False)
+    if device.type == "cpu":
+        multiply_in_float32(model)
     if not streamed:
         return model.to(device)
     decoder = model.get_decoder()

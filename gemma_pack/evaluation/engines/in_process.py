@@ -89,15 +89,17 @@ class Model:
 
         They are written to `room`, flat bf16, since fresh memory costs as much as a pass over it.
         """
-        import torch
+        from gemma_pack.bfloat16 import product
 
         head = self._head[part].T
         size = len(hidden), head.shape[1]
-        return torch.mm(hidden, head, out=room[: size[0] * size[1]].view(size))
+        return product(hidden, head, out=room[: size[0] * size[1]].view(size))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states [tokens, hidden], float32 [tokens, vocabulary], after the soft-cap."""
-        return soft_capped_((hidden @ self._head.T).float(), self.soft_cap)
+        from gemma_pack.bfloat16 import product
+
+        return soft_capped_(product(hidden, self._head.T).float(), self.soft_cap)
 
     def answers(self, prompts: Sequence[Sequence[int]], limit: int) -> list[Answer]:
         """Return the greedy continuations of `prompts`, answered together, of at most `limit` tokens each.
@@ -177,6 +179,7 @@ def load(directory: Path, role: str, device: str) -> Model:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from gemma_pack.bfloat16 import multiply_in_float32
     from gemma_pack.evaluation.engines.activations import round_activations
 
     raw = read_json(directory / "config.json")
@@ -206,6 +209,8 @@ def load(directory: Path, role: str, device: str) -> Model:
             f"transformers cannot load {directory}: {reason}", hint="gemma-pack doctor shows whether the versions fit"
         ) from error
     round_activations(module)
+    if device == "cpu":
+        multiply_in_float32(module)
     module.eval()
     if isinstance(quantization, dict):
         # Quantized layers may lay their weights out anew in their first pass, which threads must not do at once.
