@@ -17,7 +17,6 @@ import datetime as dt
 import hashlib
 import importlib.metadata
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from contenders import SAMPLES, SEQUENCE_LENGTH
+from machine import processor
 from texts import TEXTS, write_mixed, write_text
 
 from gemma_pack.console import Console
@@ -207,13 +207,6 @@ class Bench:
                 )
             )
         return rows
-
-
-def processor() -> str:
-    """Return the name of the processor, and whether it multiplies bf16 matrices by itself."""
-    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    return name + (" with AMX" if any("amx_bf16" in line for line in lines) else "")
 
 
 def markdown(contenders: Sequence[Contender], rows: Sequence[Row]) -> str:

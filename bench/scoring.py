@@ -23,7 +23,7 @@ import sys
 import time
 from pathlib import Path
 
-from quality import processor
+from machine import machine
 
 from gemma_pack.console import table
 
@@ -140,7 +140,7 @@ def main() -> None:
     made = {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "variant": options.variant.name,
-        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "machine": machine(),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         "rows": rows,
     }

@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from machine import machine
+
 from gemma_pack.console import Console, table
 
 if TYPE_CHECKING:
@@ -168,7 +170,6 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    sys.path.insert(0, str(HERE))
     runs = PARTS[options.part](options.work.resolve(), options.repeats)
     names = list(dict.fromkeys(run.contender for run in runs))
     by_name = {name: [run for run in runs if run.contender == name] for name in names}
@@ -183,7 +184,7 @@ def main() -> None:
     print(table(rows, header=["contender", "s", f"{names[0]} / this", "peak GB"]))
     made = {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} cores, CPU",
+        "machine": machine(),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         "runs": [asdict(run) for run in runs],
     }

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from machine import machine
 from transfer_peers import OURS, PUSHES, Place, Steps, ours, pull_ours, pull_skopeo
 
 from gemma_pack.checkpoint import write_index
@@ -270,7 +271,7 @@ def keep(bench: Bench, runs: list[Run]) -> None:
     others = [run for run in made["runs"] if run["pair"] != bench.pair]
     made = {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "machine": machine(),
         "directory_bytes": sum(path.stat().st_size for path in bench.model.iterdir()),
         "shard_bytes": SHARD_BYTES,
         "versions": versions(bench.peers),
