@@ -3,11 +3,12 @@
     python bench/scoring.py BASE VARIANT [--windows 16] [--length 512] [--repeats 3]
 
 The same text, cut alike, on the same machine in the same run. The harness scores one model (`HFLM`, its
-`loglikelihood_rolling`, as its wikitext task does) in bf16: the base with several batch sizes, and the variant with the
-one that suited the base best. Ours scores both models and the divergence of the whole vocabulary. Loading is left out
-of both. Each contender has a process of its own, with torch's threads waiting by torch's default in the harness, and as
-our command line sets it in ours. What memory scoring takes beside the models is bounded by a test
-(tests/real/test_validation.py). The table goes to stdout and to bench/results/scoring-RECIPE.json.
+`loglikelihood_rolling`, as its wikitext task does): the base in bf16 with several batch sizes, and with the one that
+suited it best the variant, and the base once more in float32, other arithmetic, but faster on some processors. Ours
+scores both models and the divergence of the whole vocabulary. Loading is left out of both. Each contender has a process
+of its own, with torch's threads waiting by torch's default in the harness, and as our command line sets it in ours.
+What memory scoring takes beside the models is bounded by a test (tests/real/test_validation.py). The table goes to
+stdout and to bench/results/scoring-RECIPE.json.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ def text_of(base: Path, windows: int, length: int) -> tuple[str, int]:
     return text, len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def time_harness(model: Path, text: str, length: int, batch: int, repeats: int) -> dict[str, object]:
-    """Return seconds of each repeat of the harness's rolling perplexity."""
+def time_harness(model: Path, text: str, length: int, batch: int, dtype: str, repeats: int) -> dict[str, object]:
+    """Return seconds of each repeat of the harness's rolling perplexity; `dtype` is `bfloat16` or `float32`."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     lm = HFLM(
-        pretrained=str(model), dtype="bfloat16", batch_size=batch, max_length=length, add_bos_token=False, device="cpu"
+        pretrained=str(model), dtype=dtype, batch_size=batch, max_length=length, add_bos_token=False, device="cpu"
     )
     request = Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
     seconds, nll = [], 0.0
@@ -116,18 +117,20 @@ def main() -> None:
     if options.only:
         kind, *harness = options.only
         if kind == "harness":
-            role, batch = harness
+            role, batch, dtype = harness
             model = options.base if role == "base" else options.variant
-            found = time_harness(model, text, options.length, int(batch), options.repeats)
-            row = {"contender": f"lm-eval, {role}, batch {batch}", "models": 1, "batch": int(batch), "tokens": tokens}
+            found = time_harness(model, text, options.length, int(batch), dtype, options.repeats)
+            name = f"lm-eval, {role}, {dtype}, batch {batch}"
+            row = {"contender": name, "models": 1, "batch": int(batch), "tokens": tokens}
             print(json.dumps({**row, **found}))
         else:
             found = time_ours(options.base, options.variant, text, options.length, options.repeats)
             print(json.dumps({"contender": "gemma-pack, KL included", "models": 2, **found}))
         return
-    rows = [child(options, "harness", "base", str(batch)) for batch in options.batch]
-    best = min(rows, key=lambda row: statistics.median(row["seconds"]))["batch"]  # type: ignore[type-var,arg-type]
-    rows += [child(options, "harness", "variant", str(best)), child(options, "ours")]
+    rows = [child(options, "harness", "base", str(batch), "bfloat16") for batch in options.batch]
+    best = str(min(rows, key=lambda row: statistics.median(row["seconds"]))["batch"])  # type: ignore[type-var,arg-type]
+    others = [("harness", "variant", best, "bfloat16"), ("harness", "base", best, "float32"), ("ours",)]
+    rows += [child(options, *contender) for contender in others]
     for row in rows:
         row["tokens_per_second"] = [row["tokens"] / second for second in row["seconds"]]  # type: ignore[operator,attr-defined]
         row["median_tokens_per_second"] = statistics.median(row["tokens_per_second"])  # type: ignore[type-var]

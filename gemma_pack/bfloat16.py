@@ -53,12 +53,16 @@ def multiply_in_float32(module: nn.Module) -> None:
         return
     for layer in module.modules():
         if type(layer) is torch.nn.Linear and "forward" not in vars(layer):
-            layer.forward = functools.partial(_linear, layer)  # type: ignore[method-assign]
+            layer.__class__ = Float32Linear
 
 
-def _linear(layer: nn.Linear, states: Tensor) -> Tensor:
-    made = product(states, layer.weight.T)
-    return made if layer.bias is None else made + layer.bias
+class Float32Linear(torch.nn.Linear):
+    """A linear layer that multiplies by `product`."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return the product of the states and the weight, and the bias on top."""
+        made = product(states, self.weight.T)
+        return made if self.bias is None else made + self.bias
 
 
 class _Product(torch.autograd.Function):
