@@ -52,8 +52,8 @@ def multiply_in_float32(module: nn.Module) -> None:
     if not is_emulated():
         return
     for layer in module.modules():
-        if type(layer) is torch.nn.Linear and "forward" not in vars(layer):
-            layer.__class__ = Float32Linear
+        if type(layer) is torch.nn.Linear:
+            layer.__class__ = Float32Linear  # whose forward compressed-tensors' own, on the layer, calls
 
 
 class Float32Linear(torch.nn.Linear):

@@ -14,6 +14,8 @@ from gemma_pack.bfloat16 import Float32Linear, multiply_in_float32, product
 from gemma_pack.evaluation.engines.in_process import load
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 
@@ -109,6 +111,20 @@ def test_model_says_the_same_either_way(monkeypatch: pytest.MonkeyPatch, tiny_ch
         assert bool(changed) == emulated
     native, ours = found
     assert (native - ours).abs().mean() < 0.01 * native.abs().mean()
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "FP8_DYNAMIC"])
+@pytest.mark.usefixtures("without_instructions")
+def test_every_layer_of_a_variant_multiplies_here(
+    monkeypatch: pytest.MonkeyPatch, tiny_variants: Callable[[str], Path], scheme: str
+) -> None:
+    """compressed-tensors puts a forward of its own on layers, which calls that of their class."""
+    model = load(tiny_variants(scheme), "variant", "cpu")
+    ids, inner = torch.arange(2, 42).view(2, 20), []
+    monkeypatch.setattr(bfloat16, "_in_pieces", lambda left, right, _: inner.append(len(right)) or left @ right)
+    with torch.no_grad():
+        model.hidden(ids)
+    assert len(inner) == 7 * model.module.config.num_hidden_layers
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
