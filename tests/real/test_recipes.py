@@ -40,8 +40,11 @@ REFUSALS: Final = {
     "w8a16": "Quant type (uint8b128) not supported by CPUWNA16",
 }
 """What vLLM's CPU build, 0.32, says of schemes that it has no kernel for; GPU builds do, but for bitsandbytes."""
-if "amx_tile" not in Path("/proc/cpuinfo").read_text("utf-8"):  # its kernel for this scheme multiplies by AMX alone
+_FLAGS: Final = set(Path("/proc/cpuinfo").read_text("utf-8").split())
+if "amx_tile" not in _FLAGS:  # its kernel for this scheme multiplies by AMX alone
     REFUSALS["fp8-block"] = "CPUFp8BlockScaledMMKernel requires AMX tile support"
+if "avx512bw" not in _FLAGS:  # what it brings for other processors was compiled without its int4 kernel
+    REFUSALS |= dict.fromkeys(("w4a16", "w4a16-fast", "w4a16-g32"), "cpu_gemm_wna16")
 
 NOT_ASKED: Final = {"fp8-dynamic", "fp8-cache"}
 """vLLM's CPU build answers from FP8_DYNAMIC too, and takes ten minutes for a dozen tokens of the demo model."""

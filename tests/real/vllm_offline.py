@@ -12,9 +12,11 @@ import os
 import sys
 from pathlib import Path
 
-# the engine in this process, nothing compiled, and int4 weights with bf16 activations (by default int8 ones on AMX)
+# the engine in this process, nothing compiled, int4 weights with bf16 activations (by default int8 ones on AMX), and
+# little memory: without a number vLLM wants 92 % of the machine's
 os.environ |= {
     "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_INT4_W4A8": "0",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
