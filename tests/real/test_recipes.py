@@ -45,6 +45,9 @@ if "amx_tile" not in _FLAGS:  # its kernel for this scheme multiplies by AMX alo
     REFUSALS["fp8-block"] = "CPUFp8BlockScaledMMKernel requires AMX tile support"
 if "avx512bw" not in _FLAGS:  # what it brings for other processors was compiled without its int4 kernel
     REFUSALS |= dict.fromkeys(("w4a16", "w4a16-fast", "w4a16-g32"), "cpu_gemm_wna16")
+SATURATED: Final = {"w8a8"} if "avx2" in _FLAGS and not _FLAGS & {"avx512_vnni", "avx_vnni"} else set[str]()
+"""What vLLM's CPU build computes wrongly: without VNNI, oneDNN adds two products of int8 in 16 bits, which are too few
+(its guide, "Nuances of int8 computations"). `w8a8` is then 0.17 nats from float32 where 0.15 are allowed."""
 
 NOT_ASKED: Final = {"fp8-dynamic", "fp8-cache"}
 """vLLM's CPU build answers from FP8_DYNAMIC too, and takes ten minutes for a dozen tokens of the demo model."""
@@ -142,7 +145,7 @@ def test_every_record_has_its_proofs(variants: dict[str, Path]) -> None:
         assert (made.refinement is not None) == (recipe.refinement is not None), name
 
 
-@pytest.mark.parametrize("name", sorted({*shipped_names()} - NOT_ASKED - {*REFUSALS}))
+@pytest.mark.parametrize("name", sorted({*shipped_names()} - NOT_ASKED - {*REFUSALS} - SATURATED))
 def test_vllm_computes_what_transformers_computes(
     name: str, told: dict[str, dict[str, Any]], variants: dict[str, Path], two_layers: Path, prompt: list[int]
 ) -> None:
@@ -175,6 +178,20 @@ def test_transformers_loads_every_variant_and_answers(
 @pytest.mark.parametrize("name", sorted(REFUSALS))
 def test_vllm_says_that_its_cpu_build_has_no_kernel(name: str, told: dict[str, dict[str, Any]]) -> None:
     assert REFUSALS[name] in told[name].get("error", ""), told[name]
+
+
+def test_vllms_int8_kernel_is_exact_where_the_processor_has_vnni_and_there_alone(vllm_python: Path) -> None:
+    script = str(__file__).replace("test_recipes.py", "vllm_int8.py")
+    done = subprocess.run(
+        [vllm_python, script],
+        env=server_environment(vllm_python),
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    made, exact = map(int, done.stdout.split()[-2:])
+    assert (made == exact) == (not SATURATED), (made, exact)
 
 
 def _logprobs(directory: Path, prompt: list[int], dtype: str = "float32") -> list[float]:
