@@ -206,7 +206,7 @@ def _processor() -> Finding:
     except OSError:
         return Finding(subject="CPU", state="ok", text=text)
     fast = sorted(flags & {"avx512_bf16", "amx_bf16", "bf16"})
-    return Finding(subject="CPU", state="ok", text=f"{text}, " + (", ".join(fast) if fast else "bf16 only emulated"))
+    return Finding(subject="CPU", state="ok", text=f"{text}, " + (", ".join(fast) if fast else "no bf16 instructions"))
 
 
 def _memory() -> Finding:

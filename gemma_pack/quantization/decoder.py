@@ -150,10 +150,8 @@ def _skeleton(
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention_implementation(checkpoint.config)
         )
-    model.eval().requires_grad_(requires_grad=False)
-    if device.type == "cpu":
-        multiply_in_float32(model)
-    return model.model
+    multiply_in_float32(model)
+    return model.eval().requires_grad_(requires_grad=False).model
 
 
 def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:

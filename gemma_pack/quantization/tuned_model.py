@@ -92,9 +92,8 @@ def load_untuned(checkpoint: Checkpoint, device: torch.device, *, streamed: bool
         attn_implementation=attention_implementation(checkpoint.config),
         local_files_only=True,
     )
+    multiply_in_float32(model)
     model.eval().requires_grad_(requires_grad=False)
-    if device.type == "cpu":
-        multiply_in_float32(model)
     if not streamed:
         return model.to(device)
     decoder = model.get_decoder()

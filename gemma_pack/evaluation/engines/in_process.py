@@ -209,8 +209,7 @@ def load(directory: Path, role: str, device: str) -> Model:
             f"transformers cannot load {directory}: {reason}", hint="gemma-pack doctor shows whether the versions fit"
         ) from error
     round_activations(module)
-    if device == "cpu":
-        multiply_in_float32(module)
+    multiply_in_float32(module)
     module.eval()
     if isinstance(quantization, dict):
         # Quantized layers may lay their weights out anew in their first pass, which threads must not do at once.
