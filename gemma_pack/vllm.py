@@ -7,6 +7,7 @@ another compressed-tensors than llm-compressor does; `GEMMA_PACK_VLLM` names tha
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -28,6 +29,10 @@ VARIABLE: Final = "GEMMA_PACK_VLLM"
 STOP_SECONDS: Final = 20
 POLL_SECONDS: Final = 0.2
 LOG_LINES: Final = 30
+_ERROR: Final = re.compile(
+    r"^(?:\(\S+ pid=\d+\) )?(?:ERROR \S+ \S+ \[\S+\] )?([A-Za-z_][\w.]*(?:Error|Exception): .+)$", re.MULTILINE
+)
+"""The last line of a traceback, bare or behind the process, time and place that vLLM's logger puts before it."""
 OFFLINE: Final = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
@@ -159,6 +164,12 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+def last_words(log: Path) -> str:
+    """Return why a server ended: the first error in its log, which the others follow from; else the log's end."""
+    first = _ERROR.search(log.read_text("utf-8", errors="replace"))
+    return f" {first[1]}" if first else f"\n{last_lines(log)}"
+
+
 def last_lines(log: Path) -> str:
     """Return the end of what a server wrote."""
     return "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-LOG_LINES:])
@@ -202,8 +213,8 @@ def _wait_until_healthy(
             raise EngineError(f"vLLM was not healthy within {start_seconds:.0f} s:\n{last_lines(log)}")
         time.sleep(POLL_SECONDS)
     raise EngineError(
-        f"vLLM ended with exit code {process.returncode} before it was healthy:\n{last_lines(log)}",
-        hint="the log's last error says why; options of vLLM's can be passed to gemma-pack serve behind --",
+        f"vLLM ended with exit code {process.returncode} before it was healthy:{last_words(log)}",
+        hint=f"{log} says more; options of vLLM's can be passed to gemma-pack serve behind --",
     )
 
 

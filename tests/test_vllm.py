@@ -54,6 +54,24 @@ def test_a_server_that_dies_says_why(tmp_path: Path, python: Callable[[str], Pat
         pass
 
 
+def test_the_first_error_is_the_cause(tmp_path: Path, python: Callable[[str], Path]) -> None:
+    """As vLLM 0.32 writes where its CPU build lacks a kernel; what the command line shows last is a consequence."""
+    log = (
+        "(Worker pid=7) WARNING 11-29 11:11:23 [utils.py:597] Failed to create. Exception: could not\n"
+        "(Worker pid=7) ERROR 11-29 11:11:26 [multiproc.py:1063]     raise AttributeError(\n"
+        "(Worker pid=7) ERROR 11-29 11:11:26 [multiproc.py:1063] AttributeError: no 'cpu_gemm_wna16'\n"
+        "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    dying = python(f"#!{sys.executable}\nraise SystemExit({log!r})\n")
+    with (
+        pytest.raises(EngineError, match=r"before it was healthy: AttributeError: no 'cpu_gemm_wna16'$") as raised,
+        serving(dying, tmp_path, [], log=tmp_path / "log"),
+    ):
+        pass
+    assert raised.value.hint is not None
+    assert str(tmp_path / "log") in raised.value.hint
+
+
 def test_a_server_that_takes_too_long_is_stopped(tmp_path: Path, python: Callable[[str], Path]) -> None:
     idle = python(f"#!{sys.executable}\nimport os, time\nprint('pid', os.getpid(), flush=True)\ntime.sleep(600)\n")
     with (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -13,6 +15,8 @@ from gemma_pack.commands.options import registry_options, with_console
 from gemma_pack.errors import GemmaPackError, InvalidUsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from gemma_pack.console import Console
     from gemma_pack.vllm import VllmServer
 
@@ -81,8 +85,8 @@ def command(
     require_servable(read_json(directory / "config.json"), model)
     chat = has_chat_template(directory)
     arguments = ["--dtype=bfloat16", f"--served-model-name={called}", *vllm_options]
-    with tempfile.TemporaryDirectory(prefix="gemma-pack-serve-") as private:
-        log = Path(private) / "vllm.log"
+    with _kept_after_failure() as private:
+        log = private / "vllm.log"
         console.status(f"starting vLLM on {directory}; its log: {log}")
         with serving(python, directory, arguments, host=host, port=port, log=log) as server:
             call = curl_of(called, server.base_url, chat=chat)
@@ -95,17 +99,34 @@ def command(
                 console.status("stopping")
 
 
+@contextmanager
+def _kept_after_failure() -> Iterator[Path]:
+    """Yield a private directory that goes at the end, but not with a log in it of a server that failed."""
+    directory, kept = Path(tempfile.mkdtemp(prefix="gemma-pack-serve-")), False
+    try:
+        yield directory
+    except GemmaPackError:
+        kept = any(directory.iterdir())
+        raise
+    finally:
+        if not kept:
+            shutil.rmtree(directory)
+
+
 def _wait(server: VllmServer) -> None:
     """Wait as long as the server lives.
 
     Raises:
         GemmaPackError: the server ended by itself.
     """
-    from gemma_pack.vllm import last_lines
+    from gemma_pack.vllm import last_words
 
     while server.process.poll() is None:
         time.sleep(0.2)
-    raise GemmaPackError(f"vLLM ended with exit code {server.process.returncode}:\n{last_lines(server.log)}")
+    raise GemmaPackError(
+        f"vLLM ended with exit code {server.process.returncode}:{last_words(server.log)}",
+        hint=f"{server.log} says more",
+    )
 
 
 def _pull(reference: str, *, plain_http: bool, ca_file: Path | None, console: Console) -> tuple[Path, str]:

@@ -195,6 +195,7 @@ def test_what_is_ours_to_say_is_not_vllms(
 
 
 def test_a_port_that_is_taken_is_refused(
+    tmp_path: Path,
     raw_checkpoint: Callable[..., Path],
     vllm: Callable[..., Path],
     start: Callable[..., subprocess.Popen[str]],
@@ -207,6 +208,7 @@ def test_a_port_that_is_taken_is_refused(
     assert output == ""
     assert f"error: 127.0.0.1 port {free_port} cannot be listened on: Address already in use" in errors
     assert "hint: choose another with --port" in errors
+    assert not list(tmp_path.glob("gemma-pack-serve-*")), "there was no server, so there is no log"
 
 
 def test_what_vllm_does_not_load_is_refused_before_it_starts(
@@ -217,3 +219,19 @@ def test_what_vllm_does_not_load_is_refused_before_it_starts(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "is in bitsandbytes' format, which vLLM dropped" in errors
+
+
+def test_a_server_that_fails_leaves_its_log(
+    raw_checkpoint: Callable[..., Path], start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    dying = tmp_path / "python"
+    dying.write_text(f"#!{sys.executable}\nprint('all of it')\nraise ValueError('no kernel')\n", "utf-8")
+    dying.chmod(0o755)
+    process = start(str(raw_checkpoint("gemma")), python=dying)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: vLLM ended with exit code 1 before it was healthy: ValueError: no kernel\n" in errors
+    [log] = tmp_path.glob("gemma-pack-serve-*/vllm.log")
+    assert f"hint: {log} says more" in errors
+    assert "all of it" in log.read_text("utf-8")
+    assert log.parent.stat().st_mode & 0o077 == 0
