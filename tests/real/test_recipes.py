@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -20,10 +19,12 @@ from gemma_pack.recipe import load_recipe, shipped_names, shipped_text
 from gemma_pack.record import require_record
 from gemma_pack.safetensors_file import write_safetensors
 from gemma_pack.texts import load_windows
+from tests.real.processor import HAS_AMX, HAS_INT4, INT8_SATURATES
 from tests.real.vllm_server import START_SECONDS, server_environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = pytest.mark.real
 
@@ -31,7 +32,7 @@ LAYERS: Final = (4, 5)
 PROMPT_TOKENS: Final = 120
 """Of text: two layers that were cut out are unsure of most, and a few tokens would show bfloat16's noise alone."""
 KERNEL_NATS: Final = 0.05
-"""Between an int4 kernel with bfloat16 activations and float32; measured: 0.019 to 0.022, and 0.019 of the base."""
+"""Between bfloat16 activations, with an int4 kernel or none, and float32; measured: 0.019 to 0.022."""
 REFUSALS: Final = {
     "bnb-int8": "bitsandbytes",
     "bnb-nf4": "bitsandbytes",
@@ -40,15 +41,15 @@ REFUSALS: Final = {
     "w8a16": "Quant type (uint8b128) not supported by CPUWNA16",
 }
 """What vLLM's CPU build, 0.32, says of schemes that it has no kernel for; GPU builds do, but for bitsandbytes."""
-_FLAGS: Final = set(Path("/proc/cpuinfo").read_text("utf-8").split())
-if "amx_tile" not in _FLAGS:  # its kernel for this scheme multiplies by AMX alone
+if not HAS_AMX:  # its kernel for this scheme multiplies by AMX alone
     REFUSALS["fp8-block"] = "CPUFp8BlockScaledMMKernel requires AMX tile support"
-if "avx512bw" not in _FLAGS:  # what it brings for other processors was compiled without its int4 kernel
+if not HAS_INT4:
     REFUSALS |= dict.fromkeys(("w4a16", "w4a16-fast", "w4a16-g32"), "cpu_gemm_wna16")
-SATURATED: Final = {"w8a8"} if "avx2" in _FLAGS and not _FLAGS & {"avx512_vnni", "avx_vnni"} else set[str]()
-"""What vLLM's CPU build computes wrongly: without VNNI, oneDNN adds two products of int8 in 16 bits, which are too few
-(its guide, "Nuances of int8 computations"). `w8a8` is then 0.17 nats from float32 where 0.15 are allowed."""
+SATURATED: Final = {"w8a8"} if INT8_SATURATES else set[str]()
+"""What vLLM's CPU build computes wrongly: `w8a8` is then 0.17 nats from float32 where 0.15 are allowed."""
 
+BASE: Final = "base"
+"""In bfloat16, which every processor multiplies: vLLM's arithmetic without a scheme."""
 NOT_ASKED: Final = {"fp8-dynamic", "fp8-cache"}
 """vLLM's CPU build answers from FP8_DYNAMIC too, and takes ten minutes for a dozen tokens of the demo model."""
 
@@ -115,10 +116,10 @@ def prompt(two_layers: Path) -> list[int]:
 def told(
     variants: dict[str, Path], two_layers: Path, prompt: list[int], vllm_python: Path
 ) -> dict[str, dict[str, Any]]:
-    """Return what vLLM said of each variant."""
+    """Return what vLLM said of the base and of each variant."""
     file = two_layers.parent / "prompt.json"
     file.write_text(json.dumps(prompt), "utf-8")
-    asked = {name: path for name, path in variants.items() if name not in NOT_ASKED}
+    asked = {BASE: two_layers} | {name: path for name, path in variants.items() if name not in NOT_ASKED}
     script = str(__file__).replace("test_recipes.py", "vllm_offline.py")
     done = subprocess.run(
         [vllm_python, script, file, *asked.values()],
@@ -145,7 +146,7 @@ def test_every_record_has_its_proofs(variants: dict[str, Path]) -> None:
         assert (made.refinement is not None) == (recipe.refinement is not None), name
 
 
-@pytest.mark.parametrize("name", sorted({*shipped_names()} - NOT_ASKED - {*REFUSALS} - SATURATED))
+@pytest.mark.parametrize("name", [BASE, *sorted({*shipped_names()} - NOT_ASKED - {*REFUSALS} - SATURATED)])
 def test_vllm_computes_what_transformers_computes(
     name: str, told: dict[str, dict[str, Any]], variants: dict[str, Path], two_layers: Path, prompt: list[int]
 ) -> None:
@@ -155,9 +156,12 @@ def test_vllm_computes_what_transformers_computes(
     Where activations are quantized, each library rounds them at its own places.
     """
     assert told[name].get("text"), told[name]
-    ours, base = (_logprobs(directory, prompt) for directory in (variants[name], two_layers))
+    base = _logprobs(two_layers, prompt)
+    ours = base if name == BASE else _logprobs(variants[name], prompt)
     apart, moved = (_distance(ours, other) for other in (told[name]["logprobs"], base))
-    if load_recipe(name).scheme == "W4A16":
+    if name == BASE:
+        assert apart < KERNEL_NATS
+    elif load_recipe(name).scheme == "W4A16":
         assert apart < KERNEL_NATS < 0.5 * moved
     assert apart < max(0.15, moved), "the server is nearer to what was measured here than the base is"
 
