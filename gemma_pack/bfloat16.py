@@ -14,6 +14,7 @@ import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
 FEW_ROWS: Final = 4
 """Up to so many rows torch's own way is about as fast or faster."""
@@ -21,6 +22,8 @@ PIECE_VALUES: Final = 1 << 22
 """Values of the right matrix in float32 at a time, at most: 16 MB."""
 ROWS_AT_ONCE, COLUMNS_AT_ONCE = 512, 2048
 """Of a product in float32, 4 MB: as fast again as fresh memory for all of it."""
+
+_ATTENTION: Final = "sdpa_in_float32"
 
 
 @functools.cache
@@ -54,6 +57,38 @@ def multiply_in_float32(module: nn.Module) -> None:
     for layer in module.modules():
         if type(layer) is torch.nn.Linear:
             layer.__class__ = Float32Linear  # whose forward compressed-tensors' own, on the layer, calls
+
+
+def attend_in_float32(model: PreTrainedModel) -> None:
+    """Let SDPA attention in `model` compute in float32 on such a CPU, where its backward pass is as slow in bfloat16.
+
+    Inputs and outputs stay what they are: a kernel's own sums are float32 anyway.
+    """
+    if not is_emulated() or model.config._attn_implementation != "sdpa":  # noqa: SLF001 - transformers has no other name
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(_ATTENTION, _sdpa_in_float32)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+    model.set_attn_implementation(_ATTENTION)
+
+
+def _sdpa_in_float32(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **settings: Any,  # noqa: ANN401 - each model's own
+) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    states = (query, key, value)
+    if query.device.type == "cpu":
+        states = (query.float(), key.float(), value.float())
+    made, nothing = sdpa_attention_forward(module, *states, attention_mask, **settings)
+    return made.to(query.dtype), nothing
 
 
 class Float32Linear(torch.nn.Linear):

@@ -11,7 +11,9 @@ import torch
 
 from gemma_pack import bfloat16
 from gemma_pack.bfloat16 import Float32Linear, multiply_in_float32, product
+from gemma_pack.checkpoint import Checkpoint
 from gemma_pack.evaluation.engines.in_process import load
+from gemma_pack.quantization.tuned_model import load_untuned
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,6 +113,30 @@ def test_model_says_the_same_either_way(monkeypatch: pytest.MonkeyPatch, tiny_ch
         assert bool(changed) == emulated
     native, ours = found
     assert (native - ours).abs().mean() < 0.01 * native.abs().mean()
+
+
+def test_attention_is_the_same_in_float32_forward_and_backward(
+    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path
+) -> None:
+    attend, computed_in, found = torch.nn.functional.scaled_dot_product_attention, [], []
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda query, *others, **settings: computed_in.append(query.dtype) or attend(query, *others, **settings),
+    )
+    for emulated in (False, True):
+        monkeypatch.setattr(bfloat16, "is_emulated", lambda emulated=emulated: emulated)
+        decoder = load_untuned(Checkpoint.open(tiny_checkpoint), torch.device("cpu"), streamed=False).get_decoder()
+        inputs = matrix(2, 30, decoder.config.hidden_size).requires_grad_()
+        hidden = decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        hidden.backward(matrix(*hidden.shape))
+        assert inputs.grad is not None
+        found.append((hidden.detach(), inputs.grad))
+    layers = decoder.config.num_hidden_layers
+    assert computed_in == [torch.bfloat16] * layers + [torch.float32] * layers
+    for native, ours in zip(*found, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (native - ours).abs().mean() < 0.02 * native.abs().mean()
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "FP8_DYNAMIC"])

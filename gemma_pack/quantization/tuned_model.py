@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma_pack.bfloat16 import multiply_in_float32, product
+from gemma_pack.bfloat16 import attend_in_float32, multiply_in_float32, product
 from gemma_pack.gemma import attention_implementation
 from gemma_pack.quantization.memory import refinement_bytes
 from gemma_pack.quantization.packing import unpack_codes
@@ -93,6 +93,7 @@ def load_untuned(checkpoint: Checkpoint, device: torch.device, *, streamed: bool
         local_files_only=True,
     )
     multiply_in_float32(model)
+    attend_in_float32(model)
     model.eval().requires_grad_(requires_grad=False)
     if not streamed:
         return model.to(device)
