@@ -8,13 +8,13 @@ float32 and round once. So do we, a piece of one matrix in float32 at a time.
 from __future__ import annotations
 
 import functools
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PreTrainedModel
 
 FEW_ROWS: Final = 4
 """Up to so many rows torch's own way is about as fast or faster."""
@@ -22,8 +22,6 @@ PIECE_VALUES: Final = 1 << 22
 """Values of the right matrix in float32 at a time, at most: 16 MB."""
 ROWS_AT_ONCE, COLUMNS_AT_ONCE = 512, 2048
 """Of a product in float32, 4 MB: as fast again as fresh memory for all of it."""
-
-_ATTENTION: Final = "sdpa_in_float32"
 
 
 @functools.cache
@@ -59,36 +57,45 @@ def multiply_in_float32(module: nn.Module) -> None:
             layer.__class__ = Float32Linear  # whose forward compressed-tensors' own, on the layer, calls
 
 
-def attend_in_float32(model: PreTrainedModel) -> None:
-    """Let SDPA attention in `model` compute in float32 on such a CPU, where its backward pass is as slow in bfloat16.
+def attention(name: str) -> str:
+    """Return what transformers calls the attention kernel `name`, sdpa or eager, where bfloat16 goes through float32.
 
-    Inputs and outputs stay what they are: a kernel's own sums are float32 anyway.
+    On such a CPU torch multiplies batches of matrices, as eager attention has them, at about 1 GFLOP/s in bfloat16. Its
+    SDPA is as fast as in float32, but not its backward pass.
     """
-    if not is_emulated() or model.config._attn_implementation != "sdpa":  # noqa: SLF001 - transformers has no other name
-        return
+    if not is_emulated():
+        return name
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    AttentionInterface.register(_ATTENTION, _sdpa_in_float32)
-    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
-    model.set_attn_implementation(_ATTENTION)
+    wide = f"{name}_in_float32"
+    AttentionInterface.register(wide, functools.partial(_attend, name))
+    AttentionMaskInterface.register(wide, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    return wide
 
 
-def _sdpa_in_float32(
+def _attend(  # noqa: PLR0917 - what transformers hands to a kernel
+    name: str,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     **settings: Any,  # noqa: ANN401 - each model's own
-) -> tuple[Tensor, None]:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+) -> tuple[Tensor, Tensor | None]:
+    """Compute what the kernel `name` computes, in float32 where that is faster; shapes are those of transformers.
 
+    Then scores and probabilities are not rounded on the way to the result.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    family = sys.modules[type(module).__module__]
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(name, family.eager_attention_forward)
     states = (query, key, value)
-    if query.device.type == "cpu":
+    if query.device.type == "cpu" and (name == "eager" or query.requires_grad):
         states = (query.float(), key.float(), value.float())
-    made, nothing = sdpa_attention_forward(module, *states, attention_mask, **settings)
-    return made.to(query.dtype), nothing
+    made, weights = kernel(module, *states, attention_mask, **settings)
+    return made.to(query.dtype), weights
 
 
 class Float32Linear(torch.nn.Linear):

@@ -14,11 +14,14 @@ from gemma_pack.bfloat16 import Float32Linear, multiply_in_float32, product
 from gemma_pack.checkpoint import Checkpoint
 from gemma_pack.evaluation.engines.in_process import load
 from gemma_pack.quantization.tuned_model import load_untuned
+from tests.tiny import write_tiny
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+
+    from tests.tiny import Family
 
 
 @pytest.fixture
@@ -115,28 +118,48 @@ def test_model_says_the_same_either_way(monkeypatch: pytest.MonkeyPatch, tiny_ch
     assert (native - ours).abs().mean() < 0.01 * native.abs().mean()
 
 
-def test_attention_is_the_same_in_float32_forward_and_backward(
-    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path
+@pytest.mark.parametrize(
+    ("family", "function"), [("gemma3_text", "scaled_dot_product_attention"), ("gemma2", "softmax")]
+)
+def test_attention_is_as_near_to_float32_forward_and_backward(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: Family, function: str
 ) -> None:
-    attend, computed_in, found = torch.nn.functional.scaled_dot_product_attention, [], []
+    checkpoint = Checkpoint.open(write_tiny(tmp_path / "gemma", family))
+    attend, computed_in, found = getattr(torch.nn.functional, function), [], []
     monkeypatch.setattr(
         torch.nn.functional,
-        "scaled_dot_product_attention",
-        lambda query, *others, **settings: computed_in.append(query.dtype) or attend(query, *others, **settings),
+        function,
+        lambda states, *others, **settings: computed_in.append(states.dtype) or attend(states, *others, **settings),
     )
-    for emulated in (False, True):
+    for emulated, dtype in ((False, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16)):
         monkeypatch.setattr(bfloat16, "is_emulated", lambda emulated=emulated: emulated)
-        decoder = load_untuned(Checkpoint.open(tiny_checkpoint), torch.device("cpu"), streamed=False).get_decoder()
-        inputs = matrix(2, 30, decoder.config.hidden_size).requires_grad_()
+        decoder = load_untuned(checkpoint, torch.device("cpu"), streamed=False).get_decoder().to(dtype)
+        inputs = matrix(2, 30, decoder.config.hidden_size).to(dtype).requires_grad_()
         hidden = decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
-        hidden.backward(matrix(*hidden.shape))
+        hidden.backward(matrix(*hidden.shape).to(dtype))
         assert inputs.grad is not None
-        found.append((hidden.detach(), inputs.grad))
+        assert inputs.grad.dtype == hidden.dtype == dtype
+        found.append((hidden.detach().float(), inputs.grad.float()))
     layers = decoder.config.num_hidden_layers
-    assert computed_in == [torch.bfloat16] * layers + [torch.float32] * layers
-    for native, ours in zip(*found, strict=True):
-        assert ours.dtype == torch.bfloat16
-        assert (native - ours).abs().mean() < 0.02 * native.abs().mean()
+    assert computed_in == [torch.float32] * layers + [torch.bfloat16] * layers + [torch.float32] * layers
+    for exact, native, ours in zip(*found, strict=True):
+        apart = [float((other - exact).norm() / exact.norm()) for other in (native, ours)]
+        assert apart[1] < 1.1 * apart[0] < 0.1, apart
+
+
+def test_another_kernel_is_attended_with_and_put_back(monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> None:
+    monkeypatch.setattr(bfloat16, "is_emulated", lambda: True)
+    model = load(tiny_checkpoint, "base", "cpu")
+    ids = torch.arange(2, 42).view(2, 20)
+    with torch.no_grad():
+        usual = model.hidden(ids)
+        with model.attending("eager"):
+            other = model.hidden(ids)
+        again = model.hidden(ids)
+    assert model.attention == "sdpa"
+    assert torch.equal(usual, again)
+    assert not torch.equal(usual, other)
+    assert (usual - other).abs().mean() < 0.02 * usual.abs().mean()
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "FP8_DYNAMIC"])

@@ -36,6 +36,8 @@ def load_module(checkpoint: Checkpoint, plan: Plan, offload: Path) -> Any:  # no
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from gemma_pack import bfloat16
+
     config = AutoConfig.from_pretrained(str(checkpoint.directory), local_files_only=True)
     said = checkpoint.config.get("quantization_config")
     compressed = isinstance(said, dict) and said.get("quant_method", "compressed-tensors") == "compressed-tensors"
@@ -50,13 +52,16 @@ def load_module(checkpoint: Checkpoint, plan: Plan, offload: Path) -> Any:  # no
     if plan.preset == "memory-extreme":
         options = {"device_map": _one_layer_at_a_time(config, plan.device), "offload_folder": str(offload)}
     as_float32 = plan.precision == "float32" and not compressed
+    attention = attention_implementation(checkpoint.config)
+    if plan.preset != "speed":  # which compiles torch's own kernel
+        attention = bfloat16.attention(attention)
     try:
         with _quietly():
             module = AutoModelForCausalLM.from_pretrained(
                 str(checkpoint.directory),
                 config=config,
                 dtype=torch.float32 if as_float32 else torch.bfloat16,
-                attn_implementation=attention_implementation(checkpoint.config),
+                attn_implementation=attention,
                 local_files_only=True,
                 use_safetensors=True,
                 **options,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma_pack.bfloat16 import multiply_in_float32
+from gemma_pack.bfloat16 import attention, multiply_in_float32
 from gemma_pack.errors import CheckpointError
 from gemma_pack.gemma import attention_implementation, decoder_prefix, layer_number, layer_types
 
@@ -148,7 +148,7 @@ def _skeleton(
         }
     with no_init_weights(), device:
         model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention_implementation(checkpoint.config)
+            config, dtype=dtype, attn_implementation=attention(attention_implementation(checkpoint.config))
         )
     multiply_in_float32(model)
     return model.eval().requires_grad_(requires_grad=False).model

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma_pack.bfloat16 import attend_in_float32, multiply_in_float32, product
+from gemma_pack.bfloat16 import attention, multiply_in_float32, product
 from gemma_pack.gemma import attention_implementation
 from gemma_pack.quantization.memory import refinement_bytes
 from gemma_pack.quantization.packing import unpack_codes
@@ -89,11 +89,10 @@ def load_untuned(checkpoint: Checkpoint, device: torch.device, *, streamed: bool
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint.directory,
         dtype=torch.bfloat16,
-        attn_implementation=attention_implementation(checkpoint.config),
+        attn_implementation=attention(attention_implementation(checkpoint.config)),
         local_files_only=True,
     )
     multiply_in_float32(model)
-    attend_in_float32(model)
     model.eval().requires_grad_(requires_grad=False)
     if not streamed:
         return model.to(device)

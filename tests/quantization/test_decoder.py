@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemma_pack.bfloat16 import multiply_in_float32
+from gemma_pack.bfloat16 import attention, multiply_in_float32
 from gemma_pack.checkpoint import Checkpoint
 from gemma_pack.quantization.decoder import Decoder
 from gemma_pack.quantization.hidden_states import HiddenStates
@@ -35,9 +35,9 @@ def test_windows_that_travel_layer_by_layer_end_where_the_whole_model_takes_them
 
     with_images = family in ("gemma3", "gemma4", "gemma4_unified")
     loader = AutoModelForImageTextToText if with_images else AutoModelForCausalLM
-    attention = "eager" if family == "gemma2" else "sdpa"
-    model = loader.from_pretrained(directory, dtype=torch.bfloat16, attn_implementation=attention).eval()
-    multiply_in_float32(model)  # as the decoder does, where it does
+    kernel = attention("eager" if family == "gemma2" else "sdpa")  # as the decoder has it, and its products
+    model = loader.from_pretrained(directory, dtype=torch.bfloat16, attn_implementation=kernel).eval()
+    multiply_in_float32(model)
     decoder_module = model.model.language_model if with_images else model.model
     found: list[torch.Tensor] = []
     decoder_module.layers[-1].register_forward_hook(lambda _module, _args, output: found.append(output))

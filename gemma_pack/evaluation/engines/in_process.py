@@ -69,11 +69,13 @@ class Model:
     @contextlib.contextmanager
     def attending(self, attention: str) -> Iterator[None]:
         """Use another attention kernel until the block ends."""
-        self.module.set_attn_implementation(attention)
+        from gemma_pack import bfloat16
+
+        self.module.set_attn_implementation(bfloat16.attention(attention))
         try:
             yield
         finally:
-            self.module.set_attn_implementation(self.attention)
+            self.module.set_attn_implementation(bfloat16.attention(self.attention))
 
     def keep_head_alone(self) -> None:
         """Free the decoder; `logits` goes on working."""
@@ -179,7 +181,7 @@ def load(directory: Path, role: str, device: str) -> Model:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from gemma_pack.bfloat16 import multiply_in_float32
+    from gemma_pack import bfloat16
     from gemma_pack.evaluation.engines.activations import round_activations
 
     raw = read_json(directory / "config.json")
@@ -196,7 +198,7 @@ def load(directory: Path, role: str, device: str) -> Model:
                 str(directory),
                 config=config,
                 dtype=torch.bfloat16,
-                attn_implementation=attention,
+                attn_implementation=bfloat16.attention(attention),
                 device_map={"": device} if device != "cpu" else None,
                 local_files_only=True,
                 use_safetensors=True,
@@ -209,7 +211,7 @@ def load(directory: Path, role: str, device: str) -> Model:
             f"transformers cannot load {directory}: {reason}", hint="gemma-pack doctor shows whether the versions fit"
         ) from error
     round_activations(module)
-    multiply_in_float32(module)
+    bfloat16.multiply_in_float32(module)
     module.eval()
     if isinstance(quantization, dict):
         # Quantized layers may lay their weights out anew in their first pass, which threads must not do at once.
