@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 MAX_MODEL_LEN = 16384
 BUILD_SECONDS = 2700
-"""For all of the demo: 300 on a Xeon with AMX, up to 1700 on a processor without AVX-512."""
+"""For all of the demo: 300 on a Xeon with AMX, 1700 were seen on a processor without AVX-512."""
 REPOSITORY = Path(__file__).parents[2]
 
 

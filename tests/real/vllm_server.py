@@ -148,5 +148,6 @@ def server_environment(python: Path) -> dict[str, str]:
     return vllm.private_environment() | {
         "VLLM_CACHE_ROOT": str(python.parent.parent / "cache"),  # what it knows of an architecture, for the next start
         "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GB),
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # else one of two cores is its scheduler's alone
         "VLLM_CPU_INT4_W4A8": "0",  # int4 weights with bf16 activations, as on a GPU; the CPU build rounds these, too
     }
