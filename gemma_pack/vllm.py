@@ -33,6 +33,10 @@ _ERROR: Final = re.compile(
     r"^(?:\(\S+ pid=\d+\) )?(?:ERROR \S+ \S+ \[\S+\] )?([A-Za-z_][\w.]*(?:Error|Exception): .+)$", re.MULTILINE
 )
 """The last line of a traceback, bare or behind the process, time and place that vLLM's logger puts before it."""
+REMEDIES: Final = {
+    "cpu_gemm_wna16": "vLLM's CPU build has an int4 kernel for processors with AVX-512 alone; fp8-dynamic loads on all",
+}
+"""What to do about errors of vLLM's that do not say it."""
 OFFLINE: Final = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
@@ -212,9 +216,12 @@ def _wait_until_healthy(
         if deadline and time.monotonic() > deadline:
             raise EngineError(f"vLLM was not healthy within {start_seconds:.0f} s:\n{last_lines(log)}")
         time.sleep(POLL_SECONDS)
+    words = last_words(log)
+    otherwise = "options of vLLM's can be passed to gemma-pack serve behind --"
+    remedy = next((remedy for error, remedy in REMEDIES.items() if error in words), otherwise)
     raise EngineError(
-        f"vLLM ended with exit code {process.returncode} before it was healthy:{last_words(log)}",
-        hint=f"{log} says more; options of vLLM's can be passed to gemma-pack serve behind --",
+        f"vLLM ended with exit code {process.returncode} before it was healthy:{words}",
+        hint=f"{log} says more; {remedy}",
     )
 
 

@@ -70,6 +70,7 @@ def test_the_first_error_is_the_cause(tmp_path: Path, python: Callable[[str], Pa
         pass
     assert raised.value.hint is not None
     assert str(tmp_path / "log") in raised.value.hint
+    assert "AVX-512" in raised.value.hint  # the error alone says nothing to a person
 
 
 def test_a_server_that_takes_too_long_is_stopped(tmp_path: Path, python: Callable[[str], Path]) -> None:
