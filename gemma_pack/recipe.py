@@ -61,8 +61,8 @@ class Refinement(_Part):
     steps: Count
     windows_a_step: Count = 2
     sequence_length: Tokens = 256
-    learning_rate: Annotated[float, Field(gt=0, le=0.1)] = 2e-3
-    """Peak rate of Adam on the logarithm of the scales: 2e-3 moves a scale by at most 0.2 % a step."""
+    learning_rate: Annotated[float, Field(gt=0, le=0.1)] = 1e-3
+    """Peak rate of Adam on the logarithm of the scales: 1e-3 moves a scale by about 0.1 % a step at most."""
     held_out: Count = 16
     """Windows of the calibration text that only judge; the scales that do best on them are kept."""
     seed: Seed = 0
