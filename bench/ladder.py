@@ -61,7 +61,7 @@ def main() -> None:
     """Make and measure every rung."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--only", action="append", default=[], help="rungs; results are written of all alone")
+    parser.add_argument("--only", action="append", default=[], help="rungs; the results of others stay as they are")
     parser.add_argument(
         "--purpose", choices=["choose", "report"], default="report", help="settings are chosen by the first"
     )
@@ -71,11 +71,11 @@ def main() -> None:
     directory = bench.work / "ladder"
     directory.mkdir(exist_ok=True)
     rungs = [rung.write(directory) for rung in RUNGS if not options.only or rung.name in options.only]
-    contenders = rungs if options.only else [*OTHERS, *rungs]
+    contenders = [*OTHERS, *rungs]
     bench.make(contenders)
     rows = [row for contender in contenders for row in bench.measure(contender, 1)]
     print(markdown(contenders, rows))
-    if not options.only:
+    if options.purpose == "report":
         write_results("ladder", bench, contenders, rows)
 
 
