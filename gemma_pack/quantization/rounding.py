@@ -3,7 +3,8 @@
 GPTQ (arXiv 2210.17323) rounds a weight matrix column by column and spreads each column's error over the columns
 that are still to come, weighted by the inverse Hessian H = 2 X Xᵀ of the inputs. H depends on the input
 alone, so layers that share an input (q/k/v; gate/up) share one H and one factorization: their rows are stacked and
-rounded as one matrix. On a GPU the kernel is llm-compressor's in Triton, elsewhere the one of `gptq`.
+rounded as one matrix. On a GPU the kernel is llm-compressor's in Triton where scales are above zero, as it wants them;
+elsewhere it is the one of `gptq`.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def _round(
     hessian = statistics.hessian(recipe.gptq.sink_share)
     factor = factorize(hessian, recipe.gptq.dampening)
     scale, global_scale = choose_scale(weight, arguments, recipe.observer, factor.column_costs())
-    if weight.is_cuda:
-        rounded = _gptq_by_triton(
+    if weight.is_cuda and not recipe.observer.startswith("signed_"):
+        rounded = gptq_by_llmcompressor(
             weight, scale, global_scale, hessian=hessian, arguments=arguments, settings=recipe.gptq
         )
     else:
@@ -112,7 +113,7 @@ def _nearest_fp4(scaled: Tensor) -> Tensor:
     return levels[torch.bucketize(scaled.abs(), (levels[1:] + levels[:-1]) / 2)].copysign(scaled)
 
 
-def _gptq_by_triton(
+def gptq_by_llmcompressor(
     weight: Tensor,
     scale: Tensor,
     global_scale: Tensor | None,
@@ -121,11 +122,24 @@ def _gptq_by_triton(
     arguments: QuantizationArgs,
     settings: Gptq,
 ) -> Tensor:
-    """Return float32 [rows, columns] on the grid of `scale`, by llm-compressor's kernel."""
+    """Return float32 [rows, columns] on the grid of `scale`, by llm-compressor's kernel, in Triton on a GPU.
+
+    Args:
+        weight: float32 [rows, columns].
+        scale: as it is stored, above zero: in Triton the kernel takes any other for the smallest positive number
+            (`_gptq_block_update_kernel` in modifiers/gptq/gptq_quantize.py).
+        global_scale: NVFP4's, float32 [1].
+        hessian: float32 [columns, columns], not dampened yet.
+        arguments: compressed-tensors' arguments.
+        settings: of the recipe.
+
+    Raises:
+        QuantizationError: the Hessian cannot be factorized.
+    """
     rounded, _, fell_back = quantize_weight(
         weights=weight.clone()[None],
         hessians=hessian[None],
-        scale=scale[None],
+        scale=scale.float()[None],  # else its dequantized weights are rounded to the scales' bfloat16
         zero_point=torch.zeros_like(scale, dtype=arguments.zp_dtype)[None],
         global_scale=None if global_scale is None else global_scale.reshape(1),
         quant_args=arguments,

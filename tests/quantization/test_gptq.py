@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
 from gemma_pack.errors import QuantizationError
+from gemma_pack.quantization import rounding
 from gemma_pack.quantization.gptq import factorize, gptq
-from gemma_pack.quantization.rounding import round_group
+from gemma_pack.quantization.rounding import gptq_by_llmcompressor, round_group
 from gemma_pack.quantization.scales import choose_scale
 from gemma_pack.quantization.scheme import quantization_scheme
 from tests.quantization.test_input_statistics import correlated_inputs, statistics_of
@@ -15,23 +15,46 @@ from tests.quantization.test_rounding import of_scheme, random_weight
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8", "NVFP4"])
 def test_the_codes_are_those_of_llm_compressors_kernel(scheme: str) -> None:
+    """Which rounds on a GPU; here it computes by operations of torch."""
     recipe = of_scheme(scheme, "gptq")
     arguments = quantization_scheme(recipe).weights
     weight, statistics = random_weight(64, 256), statistics_of(correlated_inputs(2000, 256))
     costs = factorize(statistics.hessian(0), recipe.gptq.dampening).column_costs()
     scale, global_scale = choose_scale(weight.float(), arguments, recipe.observer, costs)
-    theirs = quantize_weight(
-        weights=weight.float()[None].clone(),
-        hessians=statistics.hessian(0)[None],
-        scale=scale.float()[None],  # else its dequantized weights are rounded to the scales' bfloat16
-        zero_point=torch.zeros_like(scale, dtype=arguments.zp_dtype)[None],
-        global_scale=None if global_scale is None else global_scale.reshape(1),
-        quant_args=arguments,
-        blocksize=recipe.gptq.block_size,
-        percdamp=recipe.gptq.dampening,
-    )[0][0]
+    theirs = gptq_by_llmcompressor(
+        weight.float(),
+        scale,
+        global_scale,
+        hessian=statistics.hessian(0),
+        arguments=arguments,
+        settings=recipe.gptq,
+    )
     ours = round_group([weight], arguments, statistics, recipe)[0].weight
     assert float(torch.isclose(ours, theirs).double().mean()) > 0.999
+
+
+@pytest.mark.parametrize(
+    ("observer", "by_theirs"), [("memoryless_mse", True), ("signed_mse", False), ("signed_gptq", False)]
+)
+def test_on_a_gpu_scales_of_either_sign_are_not_left_to_a_kernel_that_takes_them_for_zero(
+    observer: str, by_theirs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = of_scheme("W4A16", "gptq").model_copy(update={"observer": observer})
+    weight, statistics = random_weight(16, 256), statistics_of(correlated_inputs(500, 256))
+    here = round_group([weight], quantization_scheme(recipe).weights, statistics, recipe)[0]
+    asked = []
+
+    def theirs(weight: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        asked.append(weight)
+        return weight
+
+    monkeypatch.setattr(rounding, "gptq_by_llmcompressor", theirs)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    there = round_group([weight], quantization_scheme(recipe).weights, statistics, recipe)[0]
+    monkeypatch.undo()
+    assert bool(asked) == by_theirs
+    assert bool((here.scale < 0).any()) != by_theirs
+    assert torch.equal(here.weight, there.weight) != by_theirs
 
 
 def test_an_input_that_is_always_zero_leaves_its_weights_rounded_to_nearest() -> None:
