@@ -47,6 +47,9 @@ class InverseFactor:
 def factorize(hessian: Tensor, dampening: float) -> InverseFactor:
     """Return the factor by which errors are spread; columns with large inputs come first.
 
+    At most three matrices of its size are in memory at once, the Hessian among them where the caller keeps none: at
+    the 36,864 columns of Gemma 2 27B each is 5.4 GB.
+
     Args:
         hessian: float32 [columns, columns], symmetric.
         dampening: share of the mean of the Hessian's diagonal that is added to it.
@@ -55,7 +58,12 @@ def factorize(hessian: Tensor, dampening: float) -> InverseFactor:
         QuantizationError: the Hessian cannot be factorized.
     """
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    return InverseFactor(order, _inverse_factor(hessian[order][:, order], dampening))
+    last_first = order.flip(0)
+    rows = hessian[last_first]
+    del hessian
+    flipped = rows[:, last_first]
+    del rows
+    return InverseFactor(order, _inverse_factor_(flipped, dampening))
 
 
 def gptq(
@@ -94,23 +102,25 @@ def gptq(
     return result.T.contiguous()
 
 
-def _inverse_factor(hessian: Tensor, dampening: float) -> Tensor:
+def _inverse_factor_(flipped: Tensor, dampening: float) -> Tensor:
     """Return the upper Cholesky factor U of the inverse of the dampened Hessian H: H⁻¹ = Uᵀ U.
 
     With J reversing the order, J H J = L Lᵀ gives H⁻¹ = (J L⁻¹ J)ᵀ (J L⁻¹ J), and J L⁻¹ J is upper triangular: one
-    factorization and one triangular solve in the place of two and an inversion.
+    factorization and one triangular solve in the place of two and an inversion. `flipped` is J H J, float32
+    [columns, columns], and becomes L. LAPACK wants columns in a run of memory, which the transpose of a symmetric
+    matrix gives it without a copy.
     """
-    dampened = hessian.clone()
-    diagonal = dampened.diagonal()
+    diagonal = flipped.diagonal()
     diagonal[diagonal == 0] = 1  # an input that is always zero: its weights do not matter
     diagonal += dampening * diagonal.mean()
-    try:
-        lower = torch.linalg.cholesky(dampened.flip(0, 1))
-    except RuntimeError as error:  # torch's LinAlgError
+    lower = flipped.T
+    failed = torch.empty((), dtype=torch.int32, device=flipped.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    if failed:
         raise QuantizationError(
             "the Hessian of a layer's inputs is not positive definite",
             hint="calibrate with more or more varied text, or raise gptq.dampening in the recipe",
-        ) from error
-    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+        )
+    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).T
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
     return inverse.flip(0, 1)

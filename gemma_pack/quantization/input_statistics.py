@@ -85,7 +85,7 @@ class InputStatistics:
     def divided(self, factors: Tensor) -> InputStatistics:
         """Return the statistics of the same inputs divided by float32 [columns]."""
         smaller = InputStatistics(len(factors), self.total.device)
-        smaller.total = self.total / factors / factors[:, None]
+        torch.div(self.total, factors, out=smaller.total).div_(factors[:, None])
         smaller.first = self.first / factors
         smaller.largest = self.largest / factors.abs()
         smaller.tokens, smaller.windows = self.tokens, self.windows
@@ -103,10 +103,15 @@ class InputStatistics:
         """
         others = (self.tokens - self.windows).clamp_min(1)
         weight = sink_share / (1 - sink_share) * others / self.windows.clamp_min(1) if sink_share else 1.0
-        lower = self.total.tril()
-        total = torch.addr(lower + lower.tril(-1).T, self.first, self.first / self.windows.clamp_min(1) * (weight - 1))
-        mean = total * (2.0 / (self.tokens + (weight - 1) * self.windows).clamp_min(1))
-        if not torch.isfinite(mean).all():
+        mean = self.total.clone()
+        for begin in range(0, len(mean), _COLUMNS_AT_A_TIME):
+            these, below = slice(begin, begin + _COLUMNS_AT_A_TIME), slice(begin + _COLUMNS_AT_A_TIME, None)
+            mean[these, below] = mean[below, these].T
+            corner = mean[these, these].tril()
+            mean[these, these] = corner + corner.tril(-1).T
+        mean.addr_(self.first, self.first / self.windows.clamp_min(1) * (weight - 1))
+        mean.mul_(2.0 / (self.tokens + (weight - 1) * self.windows).clamp_min(1))
+        if not torch.isfinite(mean.diagonal()).all():  # Σ x², so that no column with such an input is missed
             raise QuantizationError(
                 "the calibration activations are not finite",
                 hint="check the checkpoint: validate it against its source",

@@ -59,7 +59,7 @@ def peak_memory(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration
     states = calibration.samples * calibration.sequence_length * hidden * _BF16
     layerwise = Memory(
         host_bytes=MODEL_LIBRARIES_BYTES + states,
-        device_bytes=_layerwise_bytes(checkpoint, calibration.sequence_length),
+        device_bytes=_layerwise_bytes(checkpoint, recipe, calibration.sequence_length),
     )
     if recipe.refinement is None:
         return layerwise
@@ -106,12 +106,12 @@ def _streamed_refinement_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
     return others + _optimizer_bytes(shapes, recipe) + inputs + layer + gradient + _logits_bytes(checkpoint)
 
 
-def _layerwise_bytes(checkpoint: Checkpoint, sequence_length: int) -> int:
+def _layerwise_bytes(checkpoint: Checkpoint, recipe: Recipe, sequence_length: int) -> int:
     """Embedding, a layer of each kind, and what the largest layer takes."""
     layers = checkpoint_linears(checkpoint)
     kinds = len(set(layer_types(checkpoint.config)))
     weights = kinds * max(_weights_bytes(checkpoint, layer) for layer in layers)
-    work = max(_layer_work_bytes(checkpoint, layer, sequence_length) for layer in layers)
+    work = max(_layer_work_bytes(checkpoint, recipe, layer, sequence_length) for layer in layers)
     return _embedding_bytes(checkpoint) + weights + work
 
 
@@ -119,12 +119,13 @@ def _weights_bytes(checkpoint: Checkpoint, layer: list[list[str]]) -> int:
     return sum(math.prod(_shape(checkpoint, name)) for group in layer for name in group) * _BF16
 
 
-def _layer_work_bytes(checkpoint: Checkpoint, layer: list[list[str]], sequence_length: int) -> int:
+def _layer_work_bytes(checkpoint: Checkpoint, recipe: Recipe, layer: list[list[str]], sequence_length: int) -> int:
     """The statistics of a layer's inputs, one batch, and rounding the widest group."""
     shapes = [[_shape(checkpoint, name) for name in group] for group in layer]
     stacked = [(sum(rows for rows, _ in group), group[0][1]) for group in shapes]
     hessians = sum(columns**2 for _, columns in stacked) * _FLOAT32
-    rounding = max(4 * rows * columns + 3 * columns**2 for rows, columns in stacked) * _FLOAT32
+    squares = 3 if recipe.smoothing is None else 4  # what factorizing takes; statistics of the smoothed inputs
+    rounding = max(4 * rows * columns + squares * columns**2 for rows, columns in stacked) * _FLOAT32
     forward = TOKENS_A_BATCH * sum(rows for rows, _ in stacked) * 2 * _BF16
     if attention_implementation(checkpoint.config) == "eager":  # holds the scores, in float32 for the softmax
         windows = max(1, TOKENS_A_BATCH // sequence_length)

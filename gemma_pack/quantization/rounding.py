@@ -66,22 +66,19 @@ def _round(
         scale, global_scale = choose_scale(weight, arguments, recipe.observer)
         nearest = fake_quantize(weight, scale, None, arguments, global_scale=global_scale)
         return RoundedLinear(nearest.float(), scale, global_scale)
-    hessian = statistics.hessian(recipe.gptq.sink_share)
-    factor = factorize(hessian, recipe.gptq.dampening)
-    scale, global_scale = choose_scale(weight, arguments, recipe.observer, factor.column_costs())
+    settings = recipe.gptq
     if weight.is_cuda and not recipe.observer.startswith("signed_"):
+        scale, global_scale = choose_scale(weight, arguments, recipe.observer)
+        hessian = statistics.hessian(settings.sink_share)
         rounded = gptq_by_llmcompressor(
-            weight, scale, global_scale, hessian=hessian, arguments=arguments, settings=recipe.gptq
+            weight, scale, global_scale, hessian=hessian, arguments=arguments, settings=settings
         )
     else:
+        factor = factorize(statistics.hessian(settings.sink_share), settings.dampening)
+        scale, global_scale = choose_scale(weight, arguments, recipe.observer, factor.column_costs())
         exact = scale.float() if global_scale is None else scale.float() / global_scale
-        rounded = gptq(
-            weight,
-            _expanded(exact, weight, arguments),
-            factor,
-            _codes(arguments),
-            block=recipe.gptq.block_size,
-        )
+        steps = _expanded(exact, weight, arguments)
+        rounded = gptq(weight, steps, factor, _codes(arguments), block=settings.block_size)
     return RoundedLinear(rounded, scale, global_scale)
 
 

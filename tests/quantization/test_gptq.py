@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -64,6 +67,33 @@ def test_an_input_that_is_always_zero_leaves_its_weights_rounded_to_nearest() ->
     factor = factorize(statistics_of(inputs).hessian(0), 0.01)
     rounded = gptq(weight, torch.full_like(weight, 0.25), factor, torch.round, block=32)
     assert torch.equal(rounded[:, 7], (weight[:, 7] / 0.25).round() * 0.25)
+
+
+def test_rounding_takes_three_matrices_of_the_hessians_size_beside_the_statistics() -> None:
+    """In a process of its own, whose peak grows by nothing else."""
+    script = """
+import resource, torch
+from gemma_pack.quantization.input_statistics import InputStatistics
+from gemma_pack.quantization.rounding import round_group
+from gemma_pack.quantization.scheme import quantization_scheme
+from gemma_pack.recipe import load_recipe
+
+def peak_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def rounded(columns):
+    seen = InputStatistics(columns, torch.device("cpu"))
+    seen.total.uniform_().diagonal().add_(columns)
+    before = peak_bytes()
+    recipe = load_recipe("w4a16-fast")
+    round_group([torch.randn(16, columns)], quantization_scheme(recipe).weights, seen, recipe)
+    return (peak_bytes() - before) / seen.total.nbytes
+
+rounded(256)  # what first calls allocate
+print(rounded(4096))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    assert float(done.stdout) < 3.3
 
 
 def test_a_hessian_that_is_none_is_refused() -> None:
