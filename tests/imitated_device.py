@@ -48,7 +48,7 @@ class MadeUpNumbers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in READS:
-            return 1e-6 if args[0].is_floating_point() else args[0].dtype == torch.bool
+            return 1e-6 if args[0].is_floating_point() else int(args[0].dtype == torch.bool)
         return func(*args, **(kwargs or {}))
 
 

@@ -67,13 +67,20 @@ def factorize(hessian: Tensor, dampening: float) -> InverseFactor:
 
 
 def gptq(
-    weight: Tensor, scale: Tensor, factor: InverseFactor, codes: Callable[[Tensor], Tensor], *, block: int
+    weight: Tensor,
+    scale: Tensor,
+    groups: Tensor,
+    factor: InverseFactor,
+    codes: Callable[[Tensor], Tensor],
+    *,
+    block: int,
 ) -> Tensor:
-    """Return float32 [rows, columns] on the grid of `scale`.
+    """Return float32 [rows, columns] on the grid of `scale`; two such matrices are made, this one among them.
 
     Args:
         weight: float32 [rows, columns].
-        scale: float32, expanded to [rows, columns].
+        scale: float32 [rows, groups].
+        groups: int64 [columns]: which of the scales is each column's.
         factor: of the inverse Hessian of the inputs.
         codes: rounds weights that were divided by their scale to what the format can hold, in place or not.
         block: columns rounded between two updates of all the rest.
@@ -81,25 +88,27 @@ def gptq(
     columns = weight.shape[1]
     order, upper = factor.order, factor.upper
     pivots = upper.diagonal()
-    rest, steps = weight.T[order].contiguous(), scale.T[order].contiguous()
+    rest, steps, group_of = weight.T[order], scale.T.contiguous(), groups[order].tolist()
     inverse_steps = steps.reciprocal()
-    rounded, errors = torch.empty_like(rest), torch.empty_like(rest[:block])
+    rounded, errors = torch.empty_like(rest[0]), torch.empty_like(rest[:block])
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
         for inner in range(begin, end, _INNER_COLUMNS):
             inner_end = min(inner + _INNER_COLUMNS, end)
             for column in range(inner, inner_end):
-                torch.mul(codes(rest[column] * inverse_steps[column]), steps[column], out=rounded[column])
-                error = torch.sub(rest[column], rounded[column], out=errors[column - begin]).div_(pivots[column])
+                step = group_of[column]
+                torch.mul(codes(rest[column] * inverse_steps[step]), steps[step], out=rounded)
+                error = torch.sub(rest[column], rounded, out=errors[column - begin]).div_(pivots[column])
+                rest[column] = rounded
                 rest[column + 1 : inner_end].addr_(upper[column, column + 1 : inner_end], error, alpha=-1)
             done = slice(inner, inner_end)
             rest[inner_end:end].addmm_(
                 upper[done, inner_end:end].T, errors[inner - begin : inner_end - begin], alpha=-1
             )
         rest[end:].addmm_(upper[begin:end, end:].T, errors[: end - begin], alpha=-1)
-    result = torch.empty_like(rounded)
-    result[order] = rounded
-    return result.T.contiguous()
+    result = torch.empty_like(weight)
+    result.T[order] = rest
+    return result
 
 
 def _inverse_factor_(flipped: Tensor, dampening: float) -> Tensor:

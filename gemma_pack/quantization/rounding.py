@@ -77,20 +77,21 @@ def _round(
         factor = factorize(statistics.hessian(settings.sink_share), settings.dampening)
         scale, global_scale = choose_scale(weight, arguments, recipe.observer, factor.column_costs())
         exact = scale.float() if global_scale is None else scale.float() / global_scale
-        steps = _expanded(exact, weight, arguments)
-        rounded = gptq(weight, steps, factor, _codes(arguments), block=settings.block_size)
+        scale_of_rows, groups = _in_groups(exact, weight, arguments)
+        rounded = gptq(weight, scale_of_rows, groups, factor, _codes(arguments), block=settings.block_size)
     return RoundedLinear(rounded, scale, global_scale)
 
 
-def _expanded(scale: Tensor, weight: Tensor, arguments: QuantizationArgs) -> Tensor:
-    """Return the scale of each weight: scales as the strategy shapes them, expanded to [rows, columns]."""
+def _in_groups(scale: Tensor, weight: Tensor, arguments: QuantizationArgs) -> tuple[Tensor, Tensor]:
+    """Return scales [rows, groups] from scales as the strategy shapes them, and the group of each column."""
     rows, columns = weight.shape
+    numbers = torch.arange(columns, device=weight.device)
     if arguments.strategy == QuantizationStrategy.BLOCK:
         high, wide = arguments.block_structure
-        return scale.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
+        return scale.repeat_interleave(high, 0)[:rows], numbers // wide
     if arguments.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP):
-        return scale.repeat_interleave(arguments.group_size, 1)
-    return scale.expand(rows, columns)
+        return scale, numbers // arguments.group_size
+    return scale.expand(rows, 1), torch.zeros_like(numbers)
 
 
 def _codes(arguments: QuantizationArgs) -> Callable[[Tensor], Tensor]:

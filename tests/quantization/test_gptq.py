@@ -16,6 +16,12 @@ from tests.quantization.test_input_statistics import correlated_inputs, statisti
 from tests.quantization.test_rounding import of_scheme, random_weight
 
 
+def one_scale(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return 0.25 for each row, and that each column takes it."""
+    rows, columns = weight.shape
+    return torch.full((rows, 1), 0.25), torch.zeros(columns, dtype=torch.int64)
+
+
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8", "NVFP4"])
 def test_the_codes_are_those_of_llm_compressors_kernel(scheme: str) -> None:
     """Which rounds on a GPU; here it computes by operations of torch."""
@@ -65,12 +71,12 @@ def test_an_input_that_is_always_zero_leaves_its_weights_rounded_to_nearest() ->
     inputs[:, 7] = 0
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     factor = factorize(statistics_of(inputs).hessian(0), 0.01)
-    rounded = gptq(weight, torch.full_like(weight, 0.25), factor, torch.round, block=32)
+    rounded = gptq(weight, *one_scale(weight), factor, torch.round, block=32)
     assert torch.equal(rounded[:, 7], (weight[:, 7] / 0.25).round() * 0.25)
 
 
-def test_rounding_takes_three_matrices_of_the_hessians_size_beside_the_statistics() -> None:
-    """In a process of its own, whose peak grows by nothing else."""
+def test_rounding_takes_no_more_memory_than_is_planned() -> None:
+    """Beside weights and statistics: three matrices of the Hessian's size, or four of the weights'."""
     script = """
 import resource, torch
 from gemma_pack.quantization.input_statistics import InputStatistics
@@ -81,19 +87,22 @@ from gemma_pack.recipe import load_recipe
 def peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-def rounded(columns):
+def grown_bytes(rows, columns):
     seen = InputStatistics(columns, torch.device("cpu"))
     seen.total.uniform_().diagonal().add_(columns)
-    before = peak_bytes()
+    weights, before = [torch.randn(rows // 2, columns)] * 2, peak_bytes()
     recipe = load_recipe("w4a16-fast")
-    round_group([torch.randn(16, columns)], quantization_scheme(recipe).weights, seen, recipe)
-    return (peak_bytes() - before) / seen.total.nbytes
+    round_group(weights, quantization_scheme(recipe).weights, seen, recipe)
+    return peak_bytes() - before
 
-rounded(256)  # what first calls allocate
-print(rounded(4096))
+grown_bytes(256, 256)  # what first calls allocate
+print(grown_bytes(16, 4096) / (4 * 4096**2))
+print(grown_bytes(98304, 1024) / (4 * 98304 * 1024))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
-    assert float(done.stdout) < 3.3
+    hessians, weights = map(float, done.stdout.split())
+    assert hessians < 3.3
+    assert weights < 4
 
 
 def test_a_hessian_that_is_none_is_refused() -> None:
@@ -112,7 +121,7 @@ def test_what_a_column_costs_is_what_gptq_pays_for_its_error() -> None:
         turns.append((scaled - scaled.round()) / 4)
         return scaled.round()
 
-    off = gptq(weight, torch.full_like(weight, 0.25), factor, to_quarters, block=32) - weight
+    off = gptq(weight, *one_scale(weight), factor, to_quarters, block=32) - weight
     dampened = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(64)
     costs = factor.column_costs()[factor.order]
     paid = (torch.stack(turns, 1).square() * costs).sum()
