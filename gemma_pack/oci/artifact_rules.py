@@ -30,7 +30,7 @@ def titled_files(inspection: Inspection) -> Iterator[Finding]:
     twins = [title for found in titles.values() for title in found[:-1]]
     nested = [str(layer.title) for layer in layers if "/" in (layer.title or "")]
     if untitled:
-        message = f"{len(untitled)} of {len(layers)} layers have no title, and ilab wants one of each"
+        message = f"no title on {len(untitled)} of {len(layers)} layers, and ilab wants one on each"
     elif tars:
         message = f"ilab would take {tars[0].title} as it is, and it is {tars[0].media_type.rpartition('.')[2]}"
     elif nested:
