@@ -182,7 +182,7 @@ class Recipe(_Part):
             raise ValueError(f"group_size goes with W4A16 and W8A16; the groups of {self.scheme} are fixed")
         if self.refinement and self.scheme not in ("W4A16", "W8A16"):
             raise ValueError(f"refinement tunes the scales of W4A16 and W8A16, not of {self.scheme}")
-        if self.observer.startswith("signed_") and self.scheme not in ("W4A16", "W8A16"):
+        if self.scales_have_signs and self.scheme not in ("W4A16", "W8A16"):
             raise ValueError(f"observer {self.observer} is for W4A16 and W8A16, not for {self.scheme}")
         if self.observer == "signed_gptq" and self.algorithm != "gptq":
             raise ValueError("observer signed_gptq goes with algorithm gptq; signed_mse is for rounding to nearest")
@@ -195,6 +195,11 @@ class Recipe(_Part):
         if not self.needs_calibration and self.calibration is not None:
             raise ValueError("calibration has no effect: this recipe rounds to nearest and learns nothing from text")
         return self
+
+    @property
+    def scales_have_signs(self) -> bool:
+        """Whether scales below zero are among those that the observer may choose."""
+        return self.observer.startswith("signed_")
 
     @property
     def for_bitsandbytes(self) -> bool:

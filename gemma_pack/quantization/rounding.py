@@ -67,7 +67,7 @@ def _round(
         nearest = fake_quantize(weight, scale, None, arguments, global_scale=global_scale)
         return RoundedLinear(nearest.float(), scale, global_scale)
     settings = recipe.gptq
-    if weight.is_cuda and not recipe.observer.startswith("signed_"):
+    if weight.is_cuda and not recipe.scales_have_signs:
         scale, global_scale = choose_scale(weight, arguments, recipe.observer)
         hessian = statistics.hessian(settings.sink_share)
         rounded = gptq_by_llmcompressor(

@@ -48,7 +48,7 @@ def quantization_scheme(recipe: Recipe) -> QuantizationScheme:
     """Return compressed-tensors' preset of the recipe's scheme, with the recipe's groups and observer."""
     preset = preset_name_to_scheme(recipe.scheme, ["Linear"])
     # of scales of either sign upstream knows nothing; the name only informs whoever reads config.json
-    observer = "memoryless_mse" if recipe.observer.startswith("signed_") else recipe.observer
+    observer = "memoryless_mse" if recipe.scales_have_signs else recipe.observer
     changes: dict[str, Any] = {"observer": observer}
     if recipe.group_size:
         changes |= {"strategy": "group", "group_size": recipe.group_size}
