@@ -3,8 +3,7 @@
 GPTQ (arXiv 2210.17323) rounds a weight matrix column by column and spreads each column's error over the columns
 that are still to come, weighted by the inverse Hessian H = 2 X Xᵀ of the inputs. H depends on the input
 alone, so layers that share an input (q/k/v; gate/up) share one H and one factorization: their rows are stacked and
-rounded as one matrix. On a GPU the kernel is llm-compressor's in Triton where scales are above zero, as it wants them;
-elsewhere it is the one of `gptq`.
+rounded as one matrix.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from compressed_tensors.quantization import QuantizationStrategy, QuantizationType, fake_quantize
-from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
 from gemma_pack.errors import QuantizationError
 from gemma_pack.quantization.gptq import factorize, gptq
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gemma_pack.quantization.input_statistics import InputStatistics
-    from gemma_pack.recipe import Gptq, Recipe
+    from gemma_pack.recipe import Recipe
 
 
 def round_group(
@@ -67,18 +65,11 @@ def _round(
         nearest = fake_quantize(weight, scale, None, arguments, global_scale=global_scale)
         return RoundedLinear(nearest.float(), scale, global_scale)
     settings = recipe.gptq
-    if weight.is_cuda and not recipe.scales_have_signs:
-        scale, global_scale = choose_scale(weight, arguments, recipe.observer)
-        hessian = statistics.hessian(settings.sink_share)
-        rounded = gptq_by_llmcompressor(
-            weight, scale, global_scale, hessian=hessian, arguments=arguments, settings=settings
-        )
-    else:
-        factor = factorize(statistics.hessian(settings.sink_share), settings.dampening)
-        scale, global_scale = choose_scale(weight, arguments, recipe.observer, factor.column_costs())
-        exact = scale.float() if global_scale is None else scale.float() / global_scale
-        scale_of_rows, groups = _in_groups(exact, weight, arguments)
-        rounded = gptq(weight, scale_of_rows, groups, factor, _codes(arguments), block=settings.block_size)
+    factor = factorize(statistics.hessian(settings.sink_share), settings.dampening)
+    scale, global_scale = choose_scale(weight, arguments, recipe.observer, factor.column_costs())
+    exact = scale.float() if global_scale is None else scale.float() / global_scale
+    scale_of_rows, groups = _in_groups(exact, weight, arguments)
+    rounded = gptq(weight, scale_of_rows, groups, factor, _codes(arguments), block=settings.block_size)
     return RoundedLinear(rounded, scale, global_scale)
 
 
@@ -109,45 +100,3 @@ def _nearest_fp4(scaled: Tensor) -> Tensor:
     """Round to the nearest number of E2M1 (OCP Microscaling Formats 1.0, section 5.3.3)."""
     levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=scaled.device)
     return levels[torch.bucketize(scaled.abs(), (levels[1:] + levels[:-1]) / 2)].copysign(scaled)
-
-
-def gptq_by_llmcompressor(
-    weight: Tensor,
-    scale: Tensor,
-    global_scale: Tensor | None,
-    *,
-    hessian: Tensor,
-    arguments: QuantizationArgs,
-    settings: Gptq,
-) -> Tensor:
-    """Return float32 [rows, columns] on the grid of `scale`, by llm-compressor's kernel, in Triton on a GPU.
-
-    Args:
-        weight: float32 [rows, columns].
-        scale: as it is stored, above zero: in Triton the kernel takes any other for the smallest positive number
-            (`_gptq_block_update_kernel` in modifiers/gptq/gptq_quantize.py).
-        global_scale: NVFP4's, float32 [1].
-        hessian: float32 [columns, columns], not dampened yet.
-        arguments: compressed-tensors' arguments.
-        settings: of the recipe.
-
-    Raises:
-        QuantizationError: the Hessian cannot be factorized.
-    """
-    rounded, _, fell_back = quantize_weight(
-        weights=weight.clone()[None],
-        hessians=hessian[None],
-        scale=scale.float()[None],  # else its dequantized weights are rounded to the scales' bfloat16
-        zero_point=torch.zeros_like(scale, dtype=arguments.zp_dtype)[None],
-        global_scale=None if global_scale is None else global_scale.reshape(1),
-        quant_args=arguments,
-        blocksize=settings.block_size,
-        percdamp=settings.dampening,
-    )
-    if bool(fell_back.any()):
-        raise QuantizationError(
-            "the Hessian of a layer's inputs is not positive definite",
-            hint="calibrate with more or more varied text, or raise gptq.dampening in the recipe",
-        )
-    result: Tensor = rounded[0]
-    return result

@@ -143,6 +143,23 @@ def test_refining_27_billion_parameters_fits_a_card_of_24_gb_when_its_layers_sta
     assert finding(planned([directory, "-r", "w4a16"], capsys, code=12), "memory")["state"] == "broken"
 
 
+@pytest.mark.parametrize("model", ["gemma-2-27b-it", "gemma-3-27b-it"])
+@pytest.mark.parametrize("recipe", ["w4a16-fast", "w4a16", "w8a8", "fp8", "nvfp4"])
+def test_27_billion_parameters_go_through_a_card_of_24_gb(
+    hollow: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    recipe: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(findings.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000 * GB}))
+    monkeypatch.setattr(findings, "available_memory", lambda: 80 * GB)
+    card = Gpu(name="card", total_bytes=24 * GB, free_bytes=23 * GB, driver="580", capability=(8, 9))
+    monkeypatch.setattr(findings, "find_gpus", lambda: [card])
+    found = finding(planned([str(hollow(model)), "-r", recipe], capsys), "memory")
+    assert found["state"] == "ok", found
+
+
 def test_bitsandbytes_is_for_transformers_alone(
     hollow: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
