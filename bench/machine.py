@@ -8,10 +8,12 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """Return the name of the processor, and whether it multiplies bf16 matrices by itself."""
+    """Return the name of the processor, and by which instructions it multiplies bf16 matrices, if any."""
     lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    return name + (" with AMX" if any("amx_bf16" in line for line in lines) else "")
+    flags = {flag for line in lines if line.startswith("flags") for flag in line.split()}
+    by = "with AMX" if "amx_bf16" in flags else "with AVX-512 BF16" if "avx512_bf16" in flags else "without bf16"
+    return f"{name} {by}"
 
 
 def machine() -> str:
