@@ -281,7 +281,7 @@ def shipped_text(name: str) -> str:
     if name not in names:
         if Path(name).is_file():
             raise RecipeError(f"{name} is a file without .yaml behind its name", hint=f"write ./{name}, or rename it")
-        close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.4)
+        close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(names)}"
         raise RecipeError(f"there is no recipe named {name}", hint=hint)
     return (_shipped() / f"{name}.yaml").read_text("utf-8")

@@ -85,7 +85,12 @@ def test_defaults_of_a_short_recipe():
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("w4a61", "did you mean w4a16?"), ("W4A16", "did you mean w4a16?"), ("xyzzy", "there are: ")],
+    [
+        ("w4a61", "did you mean w4a16?"),
+        ("W4A16", "did you mean w4a16?"),
+        ("w4", "did you mean w4a16?"),
+        ("nope", "there are: "),
+    ],
 )
 def test_an_unknown_name_brings_the_closest(name: str, hint: str):
     with pytest.raises(RecipeError) as caught:
