@@ -6,10 +6,12 @@ whole or not there, as an error or Ctrl-C does.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,25 +22,46 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-@contextmanager
+@contextlib.contextmanager
 def staged_directory(target: Path) -> Iterator[Path]:
     """Yield an empty directory beside `target` that becomes `target` when the block ends without an error.
 
     Files get mode 0644 and directories 0755, so that a server under another user can read them, and are on the disk
-    before the name is: a machine that loses power leaves the target whole or not there, too.
+    before the name is: a machine that loses power leaves the target whole or not there, too. What killed processes
+    left behind on their way to the same target is removed.
 
     Raises:
         InvalidUsageError: `target` exists already and is not an empty directory.
     """
     refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    prefix = f".{target.name}.partial-"
+    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
+        _remove_abandoned(left)
+    staging = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    held = os.open(staging, os.O_RDONLY)
     try:
+        with contextlib.suppress(OSError):  # a file system without locks, where nobody removes what is left behind
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield staging
         publish(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    finally:
+        os.close(held)
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove a directory unless a living process has locked it, or it is not ours to remove."""
+    with contextlib.suppress(OSError):
+        held = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if any(directory.iterdir()):  # an empty one may be about to be locked, and takes no room
+                shutil.rmtree(directory)
+        finally:
+            os.close(held)
 
 
 def publish(staging: Path, target: Path) -> None:

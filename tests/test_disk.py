@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +65,31 @@ def test_a_directory_that_was_not_finished_is_not_there(tmp_path: Path, error: B
         (staging / "half").write_text("1", "utf-8")
         raise error
     assert entries(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(tmp_path: Path):
+    script = """
+import sys, time
+from pathlib import Path
+from gemma_pack.disk import staged_directory
+with staged_directory(Path(sys.argv[1])) as staging:
+    (staging / "half").write_text("1", "utf-8")
+    print(staging.name, flush=True)
+    time.sleep(60)
+"""
+    target = tmp_path / "[model]"
+    command = [sys.executable, "-c", script, str(target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        left = process.stdout.readline().strip()
+        with staged_directory(target):
+            pass
+        target.rmdir()
+        assert entries(tmp_path) == [left]
+        process.kill()
+    with staged_directory(target):
+        assert left not in entries(tmp_path)
+    assert entries(tmp_path) == ["[model]"]
 
 
 def test_a_disk_that_fills_up_while_files_are_flushed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

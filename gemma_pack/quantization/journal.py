@@ -6,6 +6,7 @@ recipe, text, seed, device and library versions. Other inputs never find it. A l
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import shutil
@@ -31,6 +32,13 @@ def journal_directory(target: Path, identity: Mapping[str, object]) -> Path:
     return target.parent / f".{target.name}.journal-{key[:16]}"
 
 
+def remove_journals(target: Path, *, but: Path | None = None) -> None:
+    """Remove what earlier runs left beside `target`: for other inputs, or with all done but tidying up."""
+    for journal in target.parent.glob(f".{glob.escape(target.name)}.journal-*"):
+        if journal != but:
+            shutil.rmtree(journal)
+
+
 class Journal:
     """The finished layers of one run."""
 
@@ -38,9 +46,7 @@ class Journal:
         """Open the journal of the run that writes `target` from the inputs that `identity` names."""
         self.directory = journal_directory(target, identity)
         target.parent.mkdir(parents=True, exist_ok=True)
-        for stale in target.parent.glob(f".{target.name}.journal-*"):
-            if stale != self.directory:
-                shutil.rmtree(stale)
+        remove_journals(target, but=self.directory)
         self.directory.mkdir(mode=0o700, exist_ok=True)
 
     def path(self, entry: str) -> Path:

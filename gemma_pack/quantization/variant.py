@@ -102,6 +102,7 @@ def quantize_together(jobs: Mapping[Path, Job], reporter: Reporter, ranks: Ranks
 
     Each has the bytes that `quantize` alone would give it, and the errors are the same.
     """
+    from gemma_pack.quantization.journal import remove_journals
     from gemma_pack.quantization.ranks import Ranks
 
     ranks = ranks or Ranks()
@@ -112,6 +113,8 @@ def quantize_together(jobs: Mapping[Path, Job], reporter: Reporter, ranks: Ranks
         existing = read_record(target) if target.is_dir() else None
         if existing and _identity(existing) == job.identity():
             Checkpoint.open(target)
+            if ranks.is_first:
+                remove_journals(target)
             made[target] = Variant(target, existing, made_now=False)
         else:
             refuse_existing(target)

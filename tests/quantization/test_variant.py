@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from gemma_pack.checkpoint import Checkpoint, file_sha256
 from gemma_pack.errors import InvalidUsageError, MachineError, QuantizationError, RecipeError
 from gemma_pack.quantization import calibrated, hidden_states
+from gemma_pack.quantization.journal import Journal
 from gemma_pack.quantization.untouched import prove_untouched
 from gemma_pack.quantization.variant import quantize, quantize_together
 from gemma_pack.record import read_record
@@ -110,6 +111,16 @@ def test_the_same_job_gives_the_same_bytes_and_is_not_done_twice(
     assert not again.made_now
     assert again.record == first.record
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_run_killed_while_it_tidied_up_is_tidied_up_after(
+    tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter
+) -> None:
+    job = make_job(tiny_checkpoint)
+    quantize(job, tmp_path / "a", reporter)
+    Journal(tmp_path / "a", job.identity()).save("layer-000-0", {"x": torch.zeros(1)})
+    assert not quantize(job, tmp_path / "a", reporter).made_now
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_another_job_finds_the_output_in_the_way(
