@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import hashlib
 import os
 import shutil
 import tempfile
@@ -62,6 +63,32 @@ def _remove_abandoned(directory: Path) -> None:
                 shutil.rmtree(directory)
         finally:
             os.close(held)
+
+
+@contextlib.contextmanager
+def held_alone(target: Path) -> Iterator[None]:
+    """Hold `target` against other processes of this user that would make it, until the block ends or the process does.
+
+    Where the cache cannot be written to or has no locks, nobody is kept out.
+
+    Raises:
+        InvalidUsageError: another process holds it.
+    """
+    path = cache_directory() / "locks" / f"{hashlib.sha256(str(target.absolute()).encode()).hexdigest()[:16]}.made"
+    with contextlib.ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(path.open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InvalidUsageError(
+                f"another process is making {target}", hint="wait for it, or choose another directory with -o"
+            ) from error
+        except OSError:
+            pass
+        else:
+            held.callback(path.unlink, missing_ok=True)
+        yield
 
 
 def publish(staging: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gemma_pack import disk
-from gemma_pack.disk import is_ours, refuse_existing, require_space, staged_directory, write_atomic
+from gemma_pack.disk import held_alone, is_ours, refuse_existing, require_space, staged_directory, write_atomic
 from gemma_pack.errors import InvalidUsageError, MachineError
 
 if TYPE_CHECKING:
@@ -90,6 +90,25 @@ with staged_directory(Path(sys.argv[1])) as staging:
     with staged_directory(target):
         assert left not in entries(tmp_path)
     assert entries(tmp_path) == ["[model]"]
+
+
+def test_only_one_makes_a_directory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GEMMA_PACK_CACHE", str(tmp_path / "cache"))
+    with held_alone(tmp_path / "a"), held_alone(tmp_path / "b"):
+        with pytest.raises(InvalidUsageError, match="another process") as caught, held_alone(tmp_path / "a"):
+            pass
+        assert caught.value.hint is not None
+        assert "-o" in caught.value.hint
+    with held_alone(tmp_path / "a"):
+        pass
+    assert entries(tmp_path / "cache" / "locks") == []
+
+
+def test_without_a_cache_nobody_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GEMMA_PACK_CACHE", str(tmp_path / "file"))
+    with held_alone(tmp_path / "a"), held_alone(tmp_path / "a"):
+        pass
 
 
 def test_a_disk_that_fills_up_while_files_are_flushed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

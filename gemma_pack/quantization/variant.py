@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import re
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from gemma_pack.checkpoint import Checkpoint, write_index
-from gemma_pack.disk import refuse_existing, require_space, staged_directory
+from gemma_pack.disk import held_alone, refuse_existing, require_space, staged_directory
 from gemma_pack.errors import CheckpointError, RecipeError
 from gemma_pack.gemma import TOWERS, checkpoint_linears, require_supported, spellings
 from gemma_pack.quantization.layout import variant_tensors
@@ -91,7 +92,7 @@ def quantize(job: Job, target: Path, reporter: Reporter, ranks: Ranks | None = N
     Raises:
         CheckpointError: the base is damaged or not supported.
         RecipeError: the recipe does not fit this model.
-        InvalidUsageError: something else is at `target`.
+        InvalidUsageError: something else is at `target`, or another process is making it.
         QuantizationError: a numeric step or a proof failed; nothing is left at `target`.
     """
     return quantize_together({target: job}, reporter, ranks)[0]
@@ -119,21 +120,24 @@ def quantize_together(jobs: Mapping[Path, Job], reporter: Reporter, ranks: Ranks
         else:
             refuse_existing(target)
             kept[target] = ignored
-    if ranks.is_first:
-        _require_disk(jobs, kept)
-    drafts = {
-        target: _Draft(jobs[target], frozenset(ignored), _open_journal(target, jobs[target], reporter, ranks))
-        for target, ignored in kept.items()
-    }
-    _round_calibrated(list(drafts.values()), reporter, ranks)
-    for target, draft in drafts.items():
-        rounded = _finish_rounding(draft, reporter, ranks)
+    with contextlib.ExitStack() as held:
         if ranks.is_first:
-            with staged_directory(target) as staging:
-                record = _assemble(draft.job, rounded, set(draft.ignored), staging, reporter)
-            draft.journal.close()
-        ranks.wait()
-        made[target] = Variant(target, record if ranks.is_first else require_record(target), made_now=True)
+            for target in kept:
+                held.enter_context(held_alone(target))
+            _require_disk(jobs, kept)
+        drafts = {
+            target: _Draft(jobs[target], frozenset(ignored), _open_journal(target, jobs[target], reporter, ranks))
+            for target, ignored in kept.items()
+        }
+        _round_calibrated(list(drafts.values()), reporter, ranks)
+        for target, draft in drafts.items():
+            rounded = _finish_rounding(draft, reporter, ranks)
+            if ranks.is_first:
+                with staged_directory(target) as staging:
+                    record = _assemble(draft.job, rounded, set(draft.ignored), staging, reporter)
+                draft.journal.close()
+            ranks.wait()
+            made[target] = Variant(target, record if ranks.is_first else require_record(target), made_now=True)
     return [made[target] for target in jobs]
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma_pack.checkpoint import Checkpoint, file_sha256
+from gemma_pack.disk import held_alone
 from gemma_pack.errors import InvalidUsageError, MachineError, QuantizationError, RecipeError
 from gemma_pack.quantization import calibrated, hidden_states
 from gemma_pack.quantization.journal import Journal
@@ -121,6 +122,20 @@ def test_a_run_killed_while_it_tidied_up_is_tidied_up_after(
     Journal(tmp_path / "a", job.identity()).save("layer-000-0", {"x": torch.zeros(1)})
     assert not quantize(job, tmp_path / "a", reporter).made_now
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_another_process_is_making_is_left_to_it(
+    tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter
+) -> None:
+    job = make_job(tiny_checkpoint)
+    theirs = Journal(tmp_path / "a", make_job(tiny_checkpoint, seed=2).identity())
+    theirs.save("layer-000-0", {"x": torch.zeros(1)})
+    with held_alone(tmp_path / "a"):
+        with pytest.raises(InvalidUsageError, match="another process is making"):
+            quantize(job, tmp_path / "a", reporter)
+        assert theirs.holds("layer-000-0")
+        quantize(job, tmp_path / "b", reporter)
+    assert quantize(job, tmp_path / "a", reporter).made_now
 
 
 def test_another_job_finds_the_output_in_the_way(
