@@ -41,6 +41,16 @@ GEMMA_2_9B: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 """config.json of google/gemma-2-9b-it, as Gemma 2's technical report (arXiv 2408.00118, table 1) gives the shapes."""
+GEMMA_2_27B: dict[str, Any] = GEMMA_2_9B | {
+    "hidden_size": 4608,
+    "intermediate_size": 36864,
+    "num_hidden_layers": 46,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "query_pre_attn_scalar": 144,
+}
+"""Of google/gemma-2-27b-it, likewise."""
 TINY: dict[str, Any] = GEMMA_2_9B | {
     "hidden_size": 256,
     "intermediate_size": 512,

@@ -125,7 +125,7 @@ def _layer_work_bytes(checkpoint: Checkpoint, recipe: Recipe, layer: list[list[s
     stacked = [(sum(rows for rows, _ in group), group[0][1]) for group in shapes]
     hessians = sum(columns**2 for _, columns in stacked) * _FLOAT32
     squares = 1 if recipe.smoothing is None else 2  # the Hessian, then its factor; statistics of the smoothed inputs
-    matrices = 12 if recipe.scheme == "NVFP4" else 5  # the weights among them; upstream's search for FP4's scales
+    matrices = 12 if recipe.scheme == "NVFP4" else 6  # the weights among them; upstream's search for FP4's scales
     rounding = max(matrices * rows * columns + squares * columns**2 for rows, columns in stacked) * _FLOAT32
     forward = TOKENS_A_BATCH * sum(rows for rows, _ in stacked) * 2 * _BF16
     if attention_implementation(checkpoint.config) == "eager":  # holds the scores, in float32 for the softmax
