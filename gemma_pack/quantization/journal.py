@@ -36,7 +36,7 @@ def remove_journals(target: Path, *, but: Path | None = None) -> None:
     """Remove what earlier runs left beside `target`: for other inputs, or with all done but tidying up."""
     for journal in target.parent.glob(f".{glob.escape(target.name)}.journal-*"):
         if journal != but:
-            shutil.rmtree(journal)
+            shutil.rmtree(journal, ignore_errors=True)  # its own process may be at it, too
 
 
 class Journal:
@@ -85,4 +85,4 @@ class Journal:
 
     def close(self) -> None:
         """Remove the journal: the variant is whole."""
-        shutil.rmtree(self.directory)
+        shutil.rmtree(self.directory, ignore_errors=True)  # another process may be at it, too

@@ -124,6 +124,7 @@ def quantize_together(jobs: Mapping[Path, Job], reporter: Reporter, ranks: Ranks
         if ranks.is_first:
             for target in kept:
                 held.enter_context(held_alone(target))
+                refuse_existing(target)  # another process may just have finished it
             _require_disk(jobs, kept)
         drafts = {
             target: _Draft(jobs[target], frozenset(ignored), _open_journal(target, jobs[target], reporter, ranks))
