@@ -3,9 +3,9 @@
     python bench/widest.py WORK [--recipe w4a16-fast]
 
 Two decoder layers, one of each kind, and the embedding, random, in Gemma 2 27B's exact shapes are quantized on the CPU
-with 16 windows of 512 tokens: layers pass one after the other, so more of them take no more memory. The peak of the
-whole process stands beside the plan's, and beside a card of 24 GB. The row goes to stdout and to
-bench/results/widest.json.
+with 16 windows of 512 tokens. Layers pass one after the other, and the plan counts one of each kind; a model of more
+layers was not run. The peak of the whole process stands beside the plan's, and beside a card of 24 GB. The row goes to
+stdout and to bench/results/widest.json.
 """
 
 from __future__ import annotations
