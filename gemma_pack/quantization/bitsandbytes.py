@@ -29,6 +29,7 @@ class Int8Rows:
     """LLM.int8() (arXiv 2208.07339): each row is divided by its largest magnitude, kept as SCB, and times 127."""
 
     divisor = 1
+    codes = "weight"
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
         """Return the codes and SCB of bfloat16 [rows, columns], rounded in float32."""
@@ -46,6 +47,7 @@ class Nf4Rows:
 
     divisor = NF4_BLOCK
     """So many rows hold whole blocks, whatever their length."""
+    codes = "weight"
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
         """Return the packed codes, uint8 [elements / 2, 1], and absmax, float32 [blocks], of bfloat16 rows."""
@@ -67,7 +69,6 @@ class Nf4Rows:
         }
         encoded = json.dumps(state).encode().ljust(NF4_STATE_BYTES)
         return {
-            "weight": joined["weight"],
             "weight.absmax": absmax,
             "weight.quant_map": joined["weight.quant_map"][:16],
             "weight.nested_absmax": nested.absmax,

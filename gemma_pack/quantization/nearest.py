@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from compressed_tensors.config import CompressionFormat
 
 from gemma_pack.quantization.packing import RoundedLinear, pack
 from gemma_pack.quantization.scales import choose_scale
@@ -26,6 +27,7 @@ class CompressedRows:
         self._device = device
         block = self._scheme.weights.block_structure
         self.divisor: int = block[0] if block else 1
+        self.codes = "weight_packed" if self._scheme.format == CompressionFormat.pack_quantized.value else "weight"
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
         """Return codes and scales of bfloat16 [rows, columns]; packing itself rounds to nearest."""
@@ -36,4 +38,4 @@ class CompressedRows:
 
     def finish(self, shape: tuple[int, ...], joined: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add the shape where codes are packed into wider words, which do not tell it."""
-        return {**joined, "weight_shape": torch.tensor(shape)} if "weight_packed" in joined else joined
+        return {**joined, "weight_shape": torch.tensor(shape)} if self.codes == "weight_packed" else joined

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from contextlib import contextmanager
@@ -127,11 +128,25 @@ class GrowingShards:
             QuantizationError: its dtype or shape is not what the header says.
         """
         info = self._places[name]
-        if (_dtype_name(tensor), tuple(tensor.shape)) != (info.dtype, info.shape):
-            raise QuantizationError(
-                f"{name} became {tensor.dtype} {list(tensor.shape)}, where servers want {info.dtype} {list(info.shape)}"
-            )
-        _write_all(self._descriptors[info.file], _raw_bytes(tensor), info.begin)
+        if tuple(tensor.shape) != info.shape:
+            raise _misshapen(info, tensor)
+        self._write(info, tensor, 0)
+
+    def put_rows(self, name: str, rows: Tensor, first: int) -> None:
+        """Write some of a tensor's rows to their place, from the row `first` on, as `put` does.
+
+        Raises:
+            QuantizationError: their dtype or shape is not what the header says, or they reach beyond the last row.
+        """
+        info = self._places[name]
+        if tuple(rows.shape[1:]) != info.shape[1:] or first + len(rows) > info.shape[0]:
+            raise _misshapen(info, rows)
+        self._write(info, rows, first * math.prod(info.shape[1:]) * rows.element_size())
+
+    def _write(self, info: TensorInfo, tensor: Tensor, offset: int) -> None:
+        if _dtype_name(tensor) != info.dtype:
+            raise _misshapen(info, tensor)
+        _write_all(self._descriptors[info.file], _raw_bytes(tensor), info.begin + offset)
 
     def finish(self, batch: int) -> None:
         """Say that all tensors of a batch are written."""
@@ -140,6 +155,12 @@ class GrowingShards:
         with self._log.open("a", encoding="ascii") as log:
             log.write(f"{batch}\n")
         self.finished.add(batch)
+
+
+def _misshapen(info: TensorInfo, tensor: Tensor) -> QuantizationError:
+    return QuantizationError(
+        f"{info.name} became {tensor.dtype} {list(tensor.shape)}, where servers want {info.dtype} {list(info.shape)}"
+    )
 
 
 def _write_all(descriptor: int, data: bytes | memoryview, position: int) -> None:

@@ -1,7 +1,8 @@
 """The data-free path: each linear layer's weight goes from its file, a few rows at a time, to its place in a shard.
 
-No model is built and no text is read, so memory does not grow with the model, and no byte is written twice: the
-shards grow in the run's journal and are linked into the variant when they are whole.
+No model is built and no text is read, and no weight is ever held whole, so memory does not grow with the model and by
+a few pieces only with the number of cores. No byte is written twice: the shards grow in the run's journal and are
+linked into the variant when they are whole.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 _ELEMENTS_A_PIECE: Final = 1 << 18
 """Weights that are rounded at once: their float32 copies stay in a core's cache, which is three times as fast as going
 over the whole matrix, and the handful of operations on them still take far longer than calling them."""
+_MOST_WORKERS: Final = 8
+"""Each holds some 9 MB, which must not add up on a machine of a hundred cores; beyond eight the disk decides."""
 
 
 class RowFormat(Protocol):
@@ -40,12 +43,14 @@ class RowFormat(Protocol):
 
     divisor: int
     """What the number of rows in a piece is a multiple of."""
+    codes: str
+    """The last part of the codes' name. They are the bulk, and written as they come, piece by piece."""
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
         """Return what stands for bfloat16 [rows, columns], by the names' last part; each tensor begins with rows."""
 
     def finish(self, shape: tuple[int, ...], joined: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what stands for the whole weight, whose pieces were joined along the rows."""
+        """Return what stands for the whole weight beside its codes; `joined` are the pieces joined along the rows."""
 
 
 def quantize_streamed(
@@ -79,13 +84,9 @@ def quantize_streamed(
     if shards.finished:
         reporter.status(f"going on after {len(shards.finished)} finished layers")
 
-    def work(name: str, info: TensorInfo) -> None:
-        for suffix, tensor in _quantize(info, rows).items():
-            shards.put(f"{name}.{suffix}", tensor)
-
     with shards.opened(), _workers() as pool, reporter.progress("quantize layers", len(layers)) as task:
         pending = {
-            index: [pool.submit(work, name, info) for name, info in layer.items()]
+            index: [pool.submit(_quantize, name, info, rows, shards) for name, info in layer.items()]
             for index, layer in enumerate(layers)
             if index not in shards.finished
         }
@@ -113,12 +114,20 @@ def row_format(recipe: Recipe, device: torch.device) -> RowFormat:
     return CompressedRows(recipe, device)
 
 
-def _quantize(info: TensorInfo, rows: RowFormat) -> dict[str, Tensor]:
-    """Return what stands for the weight at `info`."""
+def _quantize(name: str, info: TensorInfo, rows: RowFormat, shards: GrowingShards) -> None:
+    """Write what stands for the weight at `info` to its places."""
     count = max(rows.divisor, _ELEMENTS_A_PIECE // info.shape[1] // rows.divisor * rows.divisor)
-    pieces = [rows.encode(piece) for piece in _read_rows(info, count)]
+    pieces: list[dict[str, Tensor]] = []
+    written = 0
+    for piece in _read_rows(info, count):
+        encoded = rows.encode(piece)
+        codes = encoded.pop(rows.codes)
+        shards.put_rows(f"{name}.{rows.codes}", codes, written)
+        written += len(codes)
+        pieces.append(encoded)
     joined = {suffix: torch.cat([piece[suffix] for piece in pieces]) for suffix in pieces[0]}
-    return rows.finish(info.shape, joined)
+    for suffix, tensor in rows.finish(info.shape, joined).items():
+        shards.put(f"{name}.{suffix}", tensor)
 
 
 def _read_rows(info: TensorInfo, count: int) -> Iterator[Tensor]:
@@ -144,7 +153,9 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
     Where the block fails, what has not begun is dropped.
     """
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(
+        max_workers=min(os.cpu_count() or 1, _MOST_WORKERS), initializer=torch.set_num_threads, initargs=(1,)
+    )
     try:
         yield pool
     finally:

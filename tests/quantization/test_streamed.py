@@ -226,6 +226,36 @@ def test_a_tensor_that_is_not_what_the_header_says_is_refused(tmp_path: Path) ->
         growing.put("a.weight", torch.zeros((4, 8), dtype=torch.float8_e4m3fn))
         with pytest.raises(QuantizationError, match=r"a\.weight_scale became torch\.float32 \[4, 1\], where servers"):
             growing.put("a.weight_scale", torch.ones((4, 1)))
+        with pytest.raises(QuantizationError, match=r"a\.weight became torch\.int8 \[2, 8\]"):
+            growing.put_rows("a.weight", torch.zeros((2, 8), dtype=torch.int8), 0)
+        with pytest.raises(QuantizationError, match=r"a\.weight became torch\.float8_e4m3fn \[2, 8\]"):
+            growing.put_rows("a.weight", torch.zeros((2, 8), dtype=torch.float8_e4m3fn), 3)  # rows 3 and 4 of four
+
+
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W4A16", "BNB_INT8", "BNB_NF4"])
+def test_no_weight_is_held_whole_and_the_number_of_workers_is_bounded(
+    tiny_checkpoint: Path,
+    make_job: MakeJob,
+    tmp_path: Path,
+    reporter: Reporter,
+    monkeypatch: pytest.MonkeyPatch,
+    scheme: str,
+) -> None:
+    written: list[int] = []
+    write = shards.GrowingShards._write
+
+    def seen(self: shards.GrowingShards, info: Any, tensor: torch.Tensor, offset: int) -> None:
+        written.append(tensor.numel() * tensor.element_size())
+        write(self, info, tensor, offset)
+
+    monkeypatch.setattr(shards.GrowingShards, "_write", seen)
+    monkeypatch.setattr(streamed, "_ELEMENTS_A_PIECE", 1 << 10)
+    made = quantize(make_job(tiny_checkpoint, recipe_text(scheme)), tmp_path / "out", reporter)
+    whole = load_file(made.directory / shards.shard_name("quantized", 1)).values()
+    assert 2 * max(written) <= max(tensor.nbytes for tensor in whole)
+    monkeypatch.setattr("os.cpu_count", lambda: 128)
+    with streamed._workers() as pool:
+        assert pool._max_workers <= 8
 
 
 @pytest.mark.parametrize("finished", [0, 1, 2])
