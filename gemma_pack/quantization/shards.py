@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from contextlib import contextmanager
@@ -127,26 +126,27 @@ class GrowingShards:
         Raises:
             QuantizationError: its dtype or shape is not what the header says.
         """
-        info = self._places[name]
-        if tuple(tensor.shape) != info.shape:
-            raise _misshapen(info, tensor)
-        self._write(info, tensor, 0)
+        if tuple(tensor.shape) != self._places[name].shape:
+            raise _misshapen(self._places[name], tensor)
+        self.put_rows(name, [tensor])
 
-    def put_rows(self, name: str, rows: Tensor, first: int) -> None:
-        """Write some of a tensor's rows to their place, from the row `first` on, as `put` does.
+    def put_rows(self, name: str, pieces: Iterable[Tensor]) -> None:
+        """Write a tensor that comes in pieces along its rows, as `put` does.
 
         Raises:
-            QuantizationError: their dtype or shape is not what the header says, or they reach beyond the last row.
+            QuantizationError: a piece's dtype or shape is not what the header says, or there are too many or too few.
         """
         info = self._places[name]
-        if tuple(rows.shape[1:]) != info.shape[1:] or first + len(rows) > info.shape[0]:
-            raise _misshapen(info, rows)
-        self._write(info, rows, first * math.prod(info.shape[1:]) * rows.element_size())
-
-    def _write(self, info: TensorInfo, tensor: Tensor, offset: int) -> None:
-        if _dtype_name(tensor) != info.dtype:
-            raise _misshapen(info, tensor)
-        _write_all(self._descriptors[info.file], _raw_bytes(tensor), info.begin + offset)
+        position = info.begin
+        for piece in pieces:
+            data = _raw_bytes(piece)
+            alike = (_dtype_name(piece), tuple(piece.shape[1:])) == (info.dtype, info.shape[1:])
+            if not alike or position + len(data) > info.end:
+                raise _misshapen(info, piece)
+            _write_all(self._descriptors[info.file], data, position)
+            position += len(data)
+        if position != info.end:
+            raise QuantizationError(f"{name} became {info.end - position} bytes fewer than servers want")
 
     def finish(self, batch: int) -> None:
         """Say that all tensors of a batch are written."""

@@ -117,15 +117,16 @@ def row_format(recipe: Recipe, device: torch.device) -> RowFormat:
 def _quantize(name: str, info: TensorInfo, rows: RowFormat, shards: GrowingShards) -> None:
     """Write what stands for the weight at `info` to its places."""
     count = max(rows.divisor, _ELEMENTS_A_PIECE // info.shape[1] // rows.divisor * rows.divisor)
-    pieces: list[dict[str, Tensor]] = []
-    written = 0
-    for piece in _read_rows(info, count):
-        encoded = rows.encode(piece)
-        codes = encoded.pop(rows.codes)
-        shards.put_rows(f"{name}.{rows.codes}", codes, written)
-        written += len(codes)
-        pieces.append(encoded)
-    joined = {suffix: torch.cat([piece[suffix] for piece in pieces]) for suffix in pieces[0]}
+    beside: list[dict[str, Tensor]] = []
+
+    def codes() -> Iterator[Tensor]:
+        for piece in _read_rows(info, count):
+            encoded = rows.encode(piece)
+            beside.append(encoded)
+            yield encoded.pop(rows.codes)
+
+    shards.put_rows(f"{name}.{rows.codes}", codes())
+    joined = {suffix: torch.cat([piece[suffix] for piece in beside]) for suffix in beside[0]}
     for suffix, tensor in rows.finish(info.shape, joined).items():
         shards.put(f"{name}.{suffix}", tensor)
 

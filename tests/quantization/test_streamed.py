@@ -226,10 +226,13 @@ def test_a_tensor_that_is_not_what_the_header_says_is_refused(tmp_path: Path) ->
         growing.put("a.weight", torch.zeros((4, 8), dtype=torch.float8_e4m3fn))
         with pytest.raises(QuantizationError, match=r"a\.weight_scale became torch\.float32 \[4, 1\], where servers"):
             growing.put("a.weight_scale", torch.ones((4, 1)))
-        with pytest.raises(QuantizationError, match=r"a\.weight became torch\.int8 \[2, 8\]"):
-            growing.put_rows("a.weight", torch.zeros((2, 8), dtype=torch.int8), 0)
-        with pytest.raises(QuantizationError, match=r"a\.weight became torch\.float8_e4m3fn \[2, 8\]"):
-            growing.put_rows("a.weight", torch.zeros((2, 8), dtype=torch.float8_e4m3fn), 3)  # rows 3 and 4 of four
+        three = torch.zeros((3, 8), dtype=torch.float8_e4m3fn)
+        with pytest.raises(QuantizationError, match=r"a\.weight became torch\.int8 \[3, 8\]"):
+            growing.put_rows("a.weight", [three.to(torch.int8)])
+        with pytest.raises(QuantizationError, match=r"a\.weight became torch\.float8_e4m3fn \[3, 8\]"):
+            growing.put_rows("a.weight", [three, three])
+        with pytest.raises(QuantizationError, match=r"a\.weight became 8 bytes fewer"):
+            growing.put_rows("a.weight", [three])
 
 
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W4A16", "BNB_INT8", "BNB_NF4"])
@@ -242,13 +245,13 @@ def test_no_weight_is_held_whole_and_the_number_of_workers_is_bounded(
     scheme: str,
 ) -> None:
     written: list[int] = []
-    write = shards.GrowingShards._write
+    raw_bytes = shards._raw_bytes
 
-    def seen(self: shards.GrowingShards, info: Any, tensor: torch.Tensor, offset: int) -> None:
-        written.append(tensor.numel() * tensor.element_size())
-        write(self, info, tensor, offset)
+    def seen(tensor: torch.Tensor) -> memoryview:
+        written.append(tensor.nbytes)
+        return raw_bytes(tensor)
 
-    monkeypatch.setattr(shards.GrowingShards, "_write", seen)
+    monkeypatch.setattr(shards, "_raw_bytes", seen)
     monkeypatch.setattr(streamed, "_ELEMENTS_A_PIECE", 1 << 10)
     made = quantize(make_job(tiny_checkpoint, recipe_text(scheme)), tmp_path / "out", reporter)
     whole = load_file(made.directory / shards.shard_name("quantized", 1)).values()
