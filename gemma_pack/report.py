@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 REPORT_NAME: Final = "report.json"
+MINIMUM_WINDOWS: Final = 32
+"""With fewer the bootstrap's bounds are not trusted enough to let a variant pass."""
 Verdict = Literal["pass", "fail", "undecided"]
 
 

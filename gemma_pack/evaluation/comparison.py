@@ -13,7 +13,8 @@ import numpy as np
 
 from gemma_pack.changes import Change, Changes
 from gemma_pack.errors import InvalidUsageError
-from gemma_pack.evaluation.statistics import MINIMUM_WINDOWS, block_bootstrap
+from gemma_pack.evaluation.statistics import block_bootstrap
+from gemma_pack.report import MINIMUM_WINDOWS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

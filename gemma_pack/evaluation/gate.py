@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from gemma_pack.errors import InvalidUsageError
-from gemma_pack.evaluation.statistics import CONFIDENCE, MINIMUM_WINDOWS, Bounds, windows_to_decide
+from gemma_pack.evaluation.statistics import CONFIDENCE, Bounds, windows_to_decide
 from gemma_pack.record import Metric
+from gemma_pack.report import MINIMUM_WINDOWS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from gemma_pack.report import MINIMUM_WINDOWS
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 DRAWS: Final = 10_000
 CONFIDENCE: Final = 0.95
 """One-sided."""
-MINIMUM_WINDOWS: Final = 32
-"""Below this the bootstrap's bounds are not trusted enough to let a variant pass."""
 _INDICES_AT_ONCE: Final = 1 << 21
 _NORMAL: Final = NormalDist()
 

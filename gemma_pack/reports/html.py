@@ -9,6 +9,7 @@ import difflib
 import re
 from typing import TYPE_CHECKING
 
+from gemma_pack.report import MINIMUM_WINDOWS
 from gemma_pack.reports import charts, task_table, wording
 from gemma_pack.reports.markdown import estimates, worst_prompts
 from gemma_pack.reports.templating import template
@@ -34,6 +35,7 @@ def render_html(report: Report, name: str) -> str:
         name=name,
         words=wording.VERDICT_WORDS,
         reasons=wording.reasons(report),
+        minimum_windows=MINIMUM_WINDOWS,
         header=wording.header(report),
         judged=judged,
         others=[cells[:3] for metric, cells in rows if metric.verdict == "not judged"],

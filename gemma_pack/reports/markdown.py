@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from gemma_pack.report import MINIMUM_WINDOWS
 from gemma_pack.reports import task_table, wording
 from gemma_pack.reports.templating import template
 
@@ -21,6 +22,7 @@ def render_markdown(report: Report, name: str) -> str:
         header=wording.header(report),
         rows=wording.rows(report.metrics),
         reasons=wording.reasons(report),
+        minimum_windows=MINIMUM_WINDOWS,
         estimates=estimates(report),
         identical=sum(prompt.first_divergent is None for prompt in report.parity.prompts),
         worst_prompts=worst_prompts(report),

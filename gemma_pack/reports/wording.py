@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from gemma_pack.report import MINIMUM_WINDOWS
+
 if TYPE_CHECKING:
     from gemma_pack.audit_results import WeightAudit
     from gemma_pack.changes import Change
@@ -116,7 +118,8 @@ def reasons(report: Report) -> list[str]:
 
 def _remedy(windows: int, needed: int | None) -> str:
     if needed:
-        return f"about {needed} windows instead of {windows} would decide it"
+        few = f"fewer than {MINIMUM_WINDOWS} windows cannot pass a variant; " if windows < MINIMUM_WINDOWS else ""
+        return f"{few}about {needed} windows instead of {windows} would decide it"
     return "a value lies so close to its margin that more windows of this text would not decide it"
 
 

@@ -51,6 +51,13 @@ def test_what_decides_is_said() -> None:
     undecided = metric.model_copy(update={"verdict": "undecided"})
     markdown = render_markdown(make_report(verdict="undecided", metrics=(undecided,), windows_needed=210), NAME)
     assert "- about 210 windows instead of 32 would decide it" in markdown
+    report = make_report(verdict="undecided", metrics=(undecided,), windows_needed=32)
+    text = report.protocol.text.model_copy(update={"windows": 8})
+    few = report.model_copy(update={"protocol": report.protocol.model_copy(update={"text": text})})
+    line = "- fewer than 32 windows cannot pass a variant; about 32 windows instead of 8 would decide it"
+    assert line in render_markdown(few, NAME)
+    assert "fewer than 32 windows would let it pass" in render_markdown(few, NAME)
+    assert "cannot pass a variant" not in render_markdown(report, NAME)
     markdown = render_markdown(make_report(verdict="undecided", metrics=(undecided,)), NAME)
     assert "more windows of this text would not decide it" in markdown
 
