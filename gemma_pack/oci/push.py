@@ -1,7 +1,7 @@
 """Pushing: an image goes from a layout, or straight from a checkpoint's directory, into a registry.
 
-Blobs first, then the manifests, then the index under its tag: the tag never names an image that is not whole. Then the
-registry is asked for everything again. The same command after an interruption, or `kill -9`, sends what is still
+Blobs first, then the manifests, each asked for again, then the tag: it never names an image that is not whole. Then the
+registry is asked for everything once more. The same command after an interruption, or `kill -9`, sends what is still
 missing; `journal` says what it goes by. A checkpoint's files are read once, hashed while they are sent, and copied
 nowhere.
 """
@@ -27,6 +27,7 @@ from gemma_pack.oci.layers import read_file
 from gemma_pack.oci.layout import Layout, hash_stream
 from gemma_pack.oci.manifest import IMAGE_CONFIG_TYPES, INDEX_TYPES, MANIFEST_TYPES, Descriptor, Document
 from gemma_pack.oci.reference import Reference, parse_reference, repository_on
+from gemma_pack.oci.retry import AnswerError
 from gemma_pack.oci.siblings import Siblings
 from gemma_pack.oci.source import is_layout
 from gemma_pack.oci.transfer import in_parallel
@@ -245,17 +246,42 @@ def _is_manifest(document: Document) -> bool:
 
 
 def _tag(client: RegistryClient, manifests: Sequence[Document]) -> str:
-    """Store the manifests, the root last under its tag, and return the root's digest."""
-    *children, root = manifests
+    """Store the manifests, the root last, then name the root by the tag; return the root's digest."""
+    root = manifests[-1].descriptor
     reference = client.reference
-    if reference.digest and reference.digest != root.descriptor.digest:
+    if reference.digest and reference.digest != root.digest:
         raise InvalidUsageError(
-            f"{reference} names another image than this one, which is {root.descriptor.digest}",
+            f"{reference} names another image than this one, which is {root.digest}",
             hint="give a tag instead of the digest",
         )
-    for child in children:
-        client.put_manifest(child.descriptor.digest, child.data, child.descriptor.media_type)
-    return client.put_manifest(reference.tag or reference.target, root.data, root.descriptor.media_type)
+    for manifest in manifests:
+        _store(client, manifest)
+    target = reference.tag or reference.target
+    return root.digest if target == root.digest else client.put_manifest(target, manifests[-1].data, root.media_type)
+
+
+def _store(client: RegistryClient, manifest: Document) -> None:
+    """Store a manifest under its digest, and see that the registry has it before a tag leads there.
+
+    A registry of the distribution project that is killed while it writes a manifest keeps an empty file, and takes the
+    manifest for stored whenever it is sent again (its issue 4489).
+
+    Raises:
+        RegistryError: the registry took it, and does not have it.
+    """
+    digest = manifest.descriptor.digest
+    client.put_manifest(digest, manifest.data, manifest.descriptor.media_type)
+    try:
+        client.manifest(digest)
+    except RegistryError as error:
+        if isinstance(error, AnswerError) and error.status < 500:
+            raise
+        name = digest.removeprefix("sha256:")
+        raise RegistryError(
+            f"{client.transport.host} took a manifest and cannot give it back: {error}",
+            hint="its storage is damaged, as a crash leaves it: whoever runs it removes the file of that manifest, "
+            f"in Docker's registry docker/registry/v2/blobs/sha256/{name[:2]}/{name}/data; then push again",
+        ) from error
 
 
 def _verify(client: RegistryClient, digest: str, blobs: Sequence[Descriptor]) -> None:

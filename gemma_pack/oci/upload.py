@@ -85,7 +85,7 @@ class Uploader:
             RegistryError: the registry refuses it, or its bytes changed since the digest was taken.
             AccessError: the login does not allow it.
         """
-        if self._exists(blob):
+        if self.has(blob.digest or "", blob.size_bytes):
             self.advance(blob.size_bytes)
             self.journal.keep_session(blob.key, "")
             return "existed"
@@ -104,6 +104,19 @@ class Uploader:
         """
         return _Sending(self, blob).run(self._resume(blob))
 
+    def has(self, digest: str, size_bytes: int) -> bool:
+        """Tell whether the repository has a blob at its size; one about which the registry fails to answer, it has not.
+
+        A registry of the distribution project that is killed in mid-write keeps an empty link to a blob. It answers 500
+        whenever it is asked for that blob, until somebody sends it once more (its issue 4489).
+        """
+        try:
+            return self.client.blob_size(digest) == size_bytes
+        except AnswerError as error:
+            if error.final and error.status >= 500:
+                return False
+            raise
+
     def until_stopped(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
         """Pass on `pieces` until another part of the transfer fails.
 
@@ -114,9 +127,6 @@ class Uploader:
             if self.client.patience.stop.is_set():
                 raise RegistryError(STOPPED)
             yield piece
-
-    def _exists(self, blob: Blob) -> bool:
-        return self.client.blob_size(blob.digest or "") == blob.size_bytes
 
     def _resume(self, blob: Blob) -> Upload | None:
         """Return the session of an earlier process, if the registry still has it and got any of the blob."""
@@ -159,9 +169,11 @@ class _Sending:
         self.closing = False
         self.attempt = 1
         self.furthest = 0
+        self.taken_up = False
 
     def run(self, session: Upload | None) -> str:
         """Send the blob, from the start again where a session is lost, until it is there or patience ends."""
+        self.taken_up = bool(session and session.offset)
         while True:
             try:
                 if self.send(session or self.client.start_upload()):
@@ -169,7 +181,7 @@ class _Sending:
             except AnswerError as error:
                 self.consider(error)
             known = self.body.digest
-            if known and self.client.blob_size(known) == self.size_bytes:  # the answer was lost, not the blob
+            if known and self.uploader.has(known, self.size_bytes):  # the answer was lost, not the blob
                 break
             session = None
         self.body.settle()
@@ -230,9 +242,23 @@ class _Sending:
             self.furthest, self.attempt = status.offset, 1
         return status
 
+    def abandon(self, error: AnswerError) -> bool:
+        """Give up a session of an earlier process that the registry neither continues nor closes; tell whether it was.
+
+        What a registry that was killed in mid-write knows of a session may be empty, and stays so.
+        """
+        if error.status < 500 or not self.taken_up:
+            return False
+        self.taken_up = False
+        self.uploader.journal.keep_session(self.key, "")
+        self.attempt = max(1, self.client.patience.policy.attempts - 1)
+        return True
+
     def consider(self, error: AnswerError) -> None:
         """Choose how to start again after `error`, and wait; raise it where that makes no sense."""
         closing, self.closing = self.closing, False
+        if error.final and self.abandon(error):
+            return
         if error.final:
             raise error
         if not closing and error.status in _OTHER_MODES:

@@ -79,6 +79,11 @@ class Registry:
         name = digest.removeprefix("sha256:")
         return self.directory / "data/docker/registry/v2/blobs/sha256" / name[:2] / name / "data"
 
+    def empty_blobs(self) -> list[Path]:
+        """Return the blobs that it was killed in writing: files with nothing in them, which it takes for stored."""
+        kept = (self.directory / "data/docker/registry/v2/blobs").glob("sha256/*/*/data")
+        return [path for path in kept if not path.stat().st_size]
+
     def _answers(self) -> bool:
         if "tls" in self.options:
             try:

@@ -103,7 +103,7 @@ def fetch(host: str, path: str) -> bytes | None:
         connection.request("GET", f"/v2/{path}", headers={"Accept": accept})
         answer = connection.getresponse()
         data = answer.read()
-        assert answer.status in (200, 404)
+        assert answer.status in (200, 404, 500)  # 500 to a tag whose writing a kill has cut short: no image, either
         return data if answer.status == 200 else None
 
 
@@ -178,6 +178,10 @@ def test_a_registry_killed_at_five_moments_has_the_image_in_the_end(
         code = nursery.finish()
         assert code in (0, 1, 14)  # it waited long enough; or an error said so, and nothing looks whole
         assert tagged(registry.host, repository) in (None, digest)
+        if damaged := registry.empty_blobs():  # no push can mend these: see test_damaged_storage
+            assert nursery.run(*command) == 1
+            for path in damaged:  # as the hint says
+                path.unlink()
         assert nursery.run(*command) == 0
         assert tagged(registry.host, repository) == digest
 
