@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ class Cluster:
     """The processes of one cluster. Ray takes 127.0.0.1 for the address of the network card, but not the next ones."""
 
     def __init__(self, port: int, directory: Path) -> None:
-        """Start the head."""
+        """Prepare a cluster whose head listens on `port`."""
         self.address = f"127.0.0.2:{port}"
         self.environment = {
             **os.environ,
@@ -41,8 +41,12 @@ class Cluster:
         }
         self._processes: list[subprocess.Popen[bytes]] = []
         self._directory = directory
-        head = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={directory}"]
-        self._start("127.0.0.2", head)
+        self._port = port
+
+    def start(self) -> None:
+        """Start the head."""
+        options = [f"--port={self._port}", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={self._directory}"]
+        self._start("127.0.0.2", ["--head", *options])
 
     def add_worker(self, number: int) -> subprocess.Popen[bytes]:
         """Start a worker with one core and return the process that holds its others."""
@@ -70,8 +74,10 @@ class Cluster:
 
     def kill(self, process: subprocess.Popen[bytes]) -> None:
         """Kill a worker as a machine that loses power: every process of it, at once."""
-        for one in (*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)):
-            one.kill()
+        head = psutil.Process(process.pid)
+        for one in (*head.children(recursive=True), head):
+            with suppress(psutil.NoSuchProcess):  # Ray itself ends the others of a worker as soon as one is lost
+                one.kill()
         process.wait(10)
 
     def stop(self) -> None:
@@ -85,11 +91,10 @@ class Cluster:
 def running_cluster(port: int) -> Iterator[Cluster]:
     """Start a cluster without workers; its sockets need a short path."""
     directory = Path(tempfile.mkdtemp(prefix="ray-"))
-    cluster = None
+    cluster = Cluster(port, directory)
     try:
-        cluster = Cluster(port, directory)
+        cluster.start()
         yield cluster
     finally:
-        if cluster:
-            cluster.stop()
+        cluster.stop()
         shutil.rmtree(directory, ignore_errors=True)
