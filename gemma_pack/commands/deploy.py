@@ -174,12 +174,14 @@ def _find(
     from gemma_pack.errors import GateFailedError, GateUndecidedError, GemmaPackError
     from gemma_pack.oci.describe import describe
     from gemma_pack.oci.examination import examine, require_passing_report
+    from gemma_pack.oci.retry import Retry
     from gemma_pack.oci.source import registry_reference
 
     parsed = registry_reference(reference)
-    found = describe(parsed, plain_http=plain_http, ca_file=ca_file)
+    retry = Retry(tell=console.status)
+    found = describe(parsed, plain_http=plain_http, ca_file=ca_file, retry=retry)
     pinned = str(parsed.pinned(found.digest))
-    evidence = examine(found, key=key, plain_http=plain_http, ca_file=ca_file)
+    evidence = examine(found, key=key, plain_http=plain_http, ca_file=ca_file, retry=retry)
     verdict, signer, lacking = None, None, ""
     try:
         report = require_passing_report(evidence, pinned, by_key=key is not None)

@@ -37,8 +37,12 @@ def command(image: str, platform: str, *, plain_http: bool, ca_file: Path | None
     gemma-pack verify also checks that every blob is there.
     """
     from gemma_pack.oci.compatibility import check_compatibility
+    from gemma_pack.oci.retry import Retry
 
-    result = check_compatibility(image, platform=parse_platform(platform), plain_http=plain_http, ca_file=ca_file)
+    retry = Retry(tell=console.status)
+    result = check_compatibility(
+        image, platform=parse_platform(platform), plain_http=plain_http, ca_file=ca_file, retry=retry
+    )
     console.result(result, f"{_what(result)}\n\n{who_text(result)}")
 
 

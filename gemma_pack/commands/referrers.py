@@ -46,14 +46,16 @@ def command(
     from gemma_pack.disk import refuse_existing, staged_directory
     from gemma_pack.oci.describe import describe
     from gemma_pack.oci.examination import examine, require_signature
+    from gemma_pack.oci.retry import Retry
     from gemma_pack.oci.signing import load_public_key
     from gemma_pack.oci.source import registry_reference
 
     key = load_public_key(verify_key) if verify_key else None
     if output:
         refuse_existing(output)
-    image = describe(registry_reference(reference), plain_http=plain_http, ca_file=ca_file)
-    found = examine(image, key=key, plain_http=plain_http, ca_file=ca_file)
+    retry = Retry(tell=console.status)
+    image = describe(registry_reference(reference), plain_http=plain_http, ca_file=ca_file, retry=retry)
+    found = examine(image, key=key, plain_http=plain_http, ca_file=ca_file, retry=retry)
     if output:
         with staged_directory(output) as staging:
             for one in found:

@@ -133,11 +133,12 @@ def _pull(reference: str, *, plain_http: bool, ca_file: Path | None, console: Co
     """Pull an image into the cache, under its digest; return the directory and the last part of the repository."""
     from gemma_pack.oci.describe import describe
     from gemma_pack.oci.pull import pull
+    from gemma_pack.oci.retry import Retry
     from gemma_pack.oci.source import registry_reference
     from gemma_pack.sources import cache_directory
 
     parsed = registry_reference(reference)
-    found = describe(parsed, plain_http=plain_http, ca_file=ca_file)
+    found = describe(parsed, plain_http=plain_http, ca_file=ca_file, retry=Retry(tell=console.status))
     pinned = parsed.pinned(found.digest)
     directory = cache_directory() / "images" / found.digest.replace(":", "-")
     directory.parent.mkdir(parents=True, exist_ok=True)

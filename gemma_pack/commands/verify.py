@@ -41,13 +41,15 @@ def command(image: str, platform: str, *, full: bool, plain_http: bool, ca_file:
     """
     from gemma_pack.errors import UnusableImageError
     from gemma_pack.oci.compatibility import check_compatibility
+    from gemma_pack.oci.retry import Retry
     from gemma_pack.oci.verification import verify
 
     wanted = parse_platform(platform)
-    found = verify(image, full=full, plain_http=plain_http, ca_file=ca_file, reporter=console)
+    retry = Retry(tell=console.status)
+    found = verify(image, full=full, plain_http=plain_http, ca_file=ca_file, retry=retry, reporter=console)
     result = None
     if not found.problems:
-        result = check_compatibility(image, platform=wanted, plain_http=plain_http, ca_file=ca_file)
+        result = check_compatibility(image, platform=wanted, plain_http=plain_http, ca_file=ca_file, retry=retry)
     console.result({"verification": found, "compatibility": result}, _text(found, result))
     found.require_whole()
     if result and result.works_for_nobody:

@@ -22,6 +22,7 @@ from gemma_pack.oci.labels import variant_title
 from gemma_pack.oci.provenance import provenance
 from gemma_pack.oci.reference import parse_reference
 from gemma_pack.oci.referrers import Attachment, attach
+from gemma_pack.oci.retry import Retry
 from gemma_pack.oci.sbom import SBOM_TYPE, bill_of_materials
 from gemma_pack.oci.signing import BUNDLE_TYPE, PAYLOAD_TYPE
 from gemma_pack.oci.source import is_layout
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from gemma_pack.console import Reporter
     from gemma_pack.oci.describe import ImageDescription
     from gemma_pack.oci.reference import Reference
-    from gemma_pack.oci.retry import Retry
     from gemma_pack.oci.signing import SigningKey
     from gemma_pack.report import Report
 
@@ -130,6 +130,7 @@ def attach_evidence(
         OfflineError: the registry cannot be reached.
     """
     reference = parse_reference(reference) if isinstance(reference, str) else reference
+    retry = (retry or Retry()).telling(reporter.status)
     image = describe(reference, plain_http=plain_http, ca_file=ca_file, retry=retry)
     name = variant_title(image.record) if image.record else reference.repository.rpartition("/")[2]
     documents = [*_origin_documents(image, name, report), *([_report_document(report)] if report else [])]

@@ -26,7 +26,7 @@ from gemma_pack.disk import is_ours, publish, refuse_existing, require_makeable,
 from gemma_pack.errors import CheckpointError, InvalidUsageError, RegistryError
 from gemma_pack.oci.extraction import LayerExtraction, is_raw, require_known
 from gemma_pack.oci.raw_files import RawExtraction, place_raw, raw_paths
-from gemma_pack.oci.retry import PROGRESS_BYTES, AnswerError
+from gemma_pack.oci.retry import PROGRESS_BYTES, AnswerError, Retry
 from gemma_pack.oci.source import DEFAULT_PLATFORM, Resolved, open_source, resolve
 from gemma_pack.oci.transfer import in_parallel
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from gemma_pack.oci.arrival import Arrival
     from gemma_pack.oci.manifest import Descriptor, Platform
     from gemma_pack.oci.reference import Reference
-    from gemma_pack.oci.retry import Retry
     from gemma_pack.oci.source import ImageSource
 
 
@@ -118,6 +117,7 @@ def pull(
     begin_s = time.monotonic()
     target = Path(os.path.abspath(target))  # noqa: PTH100 - without following a link that may be in the way
     require_makeable(target)
+    retry = (retry or Retry()).telling(reporter.status)
     with open_source(image, plain_http=plain_http, ca_file=ca_file, retry=retry) as source:
         resolved = resolve(source, platform)
         files = _present(target, resolved.descriptor.digest)

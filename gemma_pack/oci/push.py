@@ -27,7 +27,7 @@ from gemma_pack.oci.layers import read_file
 from gemma_pack.oci.layout import Layout, hash_stream
 from gemma_pack.oci.manifest import IMAGE_CONFIG_TYPES, INDEX_TYPES, MANIFEST_TYPES, Descriptor, Document
 from gemma_pack.oci.reference import Reference, parse_reference, repository_on
-from gemma_pack.oci.retry import AnswerError
+from gemma_pack.oci.retry import AnswerError, Retry
 from gemma_pack.oci.siblings import Siblings
 from gemma_pack.oci.source import is_layout
 from gemma_pack.oci.transfer import in_parallel
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from gemma_pack.console import Reporter
     from gemma_pack.oci.image import ImagePlan
     from gemma_pack.oci.layers import LayerSource
-    from gemma_pack.oci.retry import Retry
 
     Job = Callable[[Uploader, Siblings], tuple[Descriptor, Outcome]]
     """Brings one blob through an uploader, beside the images that are there."""
@@ -103,6 +102,7 @@ def push(
     if is_layout(source) and not base.is_default:
         raise InvalidUsageError(f"{source} has its base already", hint="leave out --base, or push the checkpoint")
     begin_s = time.monotonic()
+    retry = (retry or Retry()).telling(reporter.status)
     repositories = [repository_on(reference.host, text) for text in mount_from]
     upload = _from_layout(Layout.open(source)) if is_layout(source) else _from_plan(_plan(source, base))
     with ExitStack() as stack:

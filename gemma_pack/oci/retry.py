@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from gemma_pack.errors import RegistryError
@@ -19,6 +19,8 @@ TRANSIENT: Final = frozenset({408, 429, 500, 502, 503, 504})
 """What a registry, or a proxy before it, may answer for a moment."""
 PROGRESS_BYTES: Final = 1 << 20
 """A try that got a blob this much further does not use up patience."""
+WORTH_TELLING_S: Final = 1.0
+"""A pause from which on the user hears why nothing moves."""
 
 
 class AnswerError(RegistryError):
@@ -52,6 +54,12 @@ class Retry:
     cap_s: float = 20.0
     patience_s: float = 300.0
     """The longest Retry-After that is waited for."""
+    tell: Callable[[str], None] = lambda _: None
+    """Hears why, and for how long, it waits."""
+
+    def telling(self, tell: Callable[[str], None]) -> Retry:
+        """Return the same patience, of which `tell` hears."""
+        return replace(self, tell=tell)
 
     def pause_s(self, attempt: int, error: AnswerError) -> float | None:
         """Return the pause between try number `attempt`, from 1, and the next; None where there is no next one."""
@@ -75,7 +83,11 @@ class Patience:
         """Wait before the try after `attempt`; raise `error` where there is none."""
         pause_s = self.policy.pause_s(attempt, error)
         error.final = pause_s is None
-        if pause_s is None or self.stop.wait(pause_s):
+        if pause_s is None:
+            raise error
+        if pause_s >= WORTH_TELLING_S and not self.stop.is_set():
+            self.policy.tell(f"{error}: trying again in {pause_s:.0f} s")
+        if self.stop.wait(pause_s):
             raise error
 
     def run(self, action: Callable[[], T]) -> T:

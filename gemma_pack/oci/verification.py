@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from gemma_pack.errors import RegistryError
 from gemma_pack.oci.manifest import INDEX_TYPES, MANIFEST_TYPES, Index, Manifest
+from gemma_pack.oci.retry import Retry
 from gemma_pack.oci.source import iter_blob, open_source
 from gemma_pack.oci.transfer import in_parallel
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from gemma_pack.console import Reporter
     from gemma_pack.oci.manifest import Descriptor
     from gemma_pack.oci.reference import Reference
-    from gemma_pack.oci.retry import Retry
     from gemma_pack.oci.source import ImageSource
 
 
@@ -79,6 +79,7 @@ def verify(
         OfflineError: the registry cannot be reached.
     """
     begin_s = time.monotonic()
+    retry = (retry or Retry()).telling(reporter.status)
     with open_source(image, plain_http=plain_http, ca_file=ca_file, retry=retry) as source:
         root, manifests = _manifests(source)
         blobs = {blob.digest: blob for one in manifests for blob in (one.config, *one.layers)}

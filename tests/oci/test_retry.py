@@ -56,3 +56,19 @@ def test_stopping_ends_a_long_pause_at_once():
     with pytest.raises(AnswerError):
         patience.pause(1, AnswerError("broken"))
     assert time.monotonic() - begin_s < 1
+
+
+def test_only_a_pause_that_is_worth_it_is_told():
+    told: list[str] = []
+    patience = Patience(Retry(base_s=0).telling(told.append))
+    patience.pause(1, AnswerError("broken"))
+    assert told == []
+    patience = Patience(Retry(base_s=0).telling(told.append))
+    patience.pause(1, AnswerError("busy", status=503, retry_after_s=1.2))
+    assert told == ["busy: trying again in 1 s"]
+    patience.stop.set()
+    with pytest.raises(AnswerError):
+        patience.pause(1, AnswerError("busy", status=503, retry_after_s=1.2))
+    with pytest.raises(AnswerError):
+        patience.pause(9, AnswerError("busy", status=503, retry_after_s=1.2))
+    assert len(told) == 1
