@@ -2,6 +2,7 @@
 
     .NAME.pull/           beside the directory, private: the layers, as `extraction` and `raw_files` describe them
     .NAME.pull/image-HEX/ the checkpoint put together from its layers, in order; it becomes NAME
+    .NAME.pull/moved      from the first file that an image took out of a layer on: without that image no layer is whole
     .NAME.pulled.json     which image NAME came from, so that the same command twice does nothing the second time
 
 Weights are written once, where they stay. After an interruption, `kill -9` or a power cut, the same command reads back
@@ -14,7 +15,7 @@ import fcntl
 import os
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -42,6 +43,15 @@ if TYPE_CHECKING:
 
 _TRIES: Final = 2
 """Of a layer whose bytes arrive damaged."""
+_MOVED: Final = "moved"
+
+
+class _UnfitError(Exception):
+    """The bytes of a layer cannot be its own, or hold what must not be unpacked."""
+
+    def __init__(self, reason: RegistryError) -> None:
+        super().__init__(reason.message)
+        self.reason = reason
 
 
 class PulledFile(BaseModel):
@@ -183,7 +193,11 @@ def _staging(target: Path) -> Iterator[Path]:
             raise InvalidUsageError(
                 f"another pull to {target} is under way", hint="wait for it, or choose another directory with -o"
             ) from error
+        except OSError:  # a file system without locks, where nobody keeps another pull out
+            pass
         yield staging
+    with suppress(OSError):  # what `_remove` could not: NFS keeps the name of an open file until it is closed
+        staging.rmdir()
 
 
 def _fetch(source: ImageSource, resolved: Resolved, staging: Path, target: Path, reporter: Reporter) -> tuple[int, int]:
@@ -210,11 +224,14 @@ def _tidy(staging: Path, resolved: Resolved) -> None:
     """Remove what belongs to another image, whose tag has moved since; keep the layers that both have."""
     image = _image_path(staging, resolved)
     wanted = {layer.hex for layer in resolved.manifest.layers}
-    others = [path for path in staging.glob("image-*") if path != image]  # they took files out of their layers
+    moved = staging / _MOVED
+    spent = moved.exists() and not image.is_dir()  # by another image, or by one that has its name already
     for path in staging.iterdir():
         known = path.name.partition(".")[0] in wanted or path == image
-        if path.is_dir() and (others or not known):
+        if path.is_dir() and (spent or not known):
             shutil.rmtree(path)
+    if spent:
+        moved.unlink()
 
 
 def _extraction(staging: Path, layer: Descriptor, title: str) -> Arrival:
@@ -227,23 +244,32 @@ def _fetch_layer(source: ImageSource, extraction: Arrival, advance: Callable[[in
     with extraction:
         resumed = extraction.restore()
         advance(resumed)
+        unfit: RegistryError | None = None
         for _ in range(_TRIES):
             try:
                 downloaded += _download(source, extraction, advance)
-                whole = extraction.finish()
-            except AnswerError:
-                raise
-            except RegistryError:  # not for this image to hold: keep nothing of it
+                unfit = None
+                if _finish(extraction):
+                    return downloaded, resumed
+                advance(-extraction.layer.size_bytes)
+            except _UnfitError as error:  # damaged on the way, or not for an image to hold: the second try tells
+                unfit = error.reason
+                advance(-extraction.offset)
                 extraction.discard()
-                raise
-            if whole:
-                return downloaded, resumed
-            advance(-extraction.layer.size_bytes)
             resumed = 0
-    raise RegistryError(
+    raise unfit or RegistryError(
         f"{extraction.title} is damaged: its bytes are not those of {extraction.layer.digest}",
         hint="push the image again; the registry, or something before it, holds a damaged copy",
     )
+
+
+def _finish(extraction: Arrival) -> bool:
+    """Give a layer its final name, if its bytes were right; keep nothing of it where they are, and are no layer."""
+    try:
+        return extraction.finish()
+    except RegistryError:
+        extraction.discard()
+        raise
 
 
 def _download(source: ImageSource, extraction: Arrival, advance: Callable[[int], None]) -> int:
@@ -274,8 +300,11 @@ def _stream(source: ImageSource, extraction: Arrival, advance: Callable[[int], N
             fresh = piece[before:]
             before = max(0, before - len(piece))
             if fresh:
-                extraction.write(fresh)
                 advance(len(fresh))
+                try:
+                    extraction.write(fresh)
+                except RegistryError as error:
+                    raise _UnfitError(error) from error
     if extraction.offset < extraction.layer.size_bytes:
         raise AnswerError(f"{extraction.title} ended after {extraction.offset} bytes")
 
@@ -292,6 +321,7 @@ def _put_together(source: ImageSource, resolved: Resolved, staging: Path, target
     """Lay the layers over one another, check the checkpoint, and give it its name."""
     image = _image_path(staging, resolved)
     image.mkdir(exist_ok=True)
+    (staging / _MOVED).touch()
     paths = raw_paths(resolved.manifest, source.name)
     layers = [layer.hex for layer in resolved.manifest.layers]
     for hex_digest in reversed(list(dict.fromkeys(reversed(layers)))):  # a layer that occurs twice counts where last
@@ -302,7 +332,7 @@ def _put_together(source: ImageSource, resolved: Resolved, staging: Path, target
     try:
         Checkpoint.open(image)
     except CheckpointError as error:
-        shutil.rmtree(staging)
+        _remove(staging)
         message = error.message.replace(str(image), "/models")
         raise CheckpointError(f"{source.name} holds no whole checkpoint: {message}", hint=error.hint) from error
     files = tuple(
@@ -313,8 +343,20 @@ def _put_together(source: ImageSource, resolved: Resolved, staging: Path, target
     origin = _Origin(digest=resolved.descriptor.digest, files=files)
     write_atomic(_origin_path(target), origin.model_dump_json(indent=1))
     publish(image, target)
-    shutil.rmtree(staging)
+    _remove(staging)
     return files
+
+
+def _remove(staging: Path) -> None:
+    """Remove what was brought; directories first, as long as `_MOVED` tells a later pull that they are not whole."""
+    held = list(staging.iterdir())
+    for path in held:
+        if path.is_dir():
+            shutil.rmtree(path)
+    for path in held:
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # see `_staging`
+        staging.rmdir()
 
 
 def _overlay(layer: Path, image: Path, name: str) -> None:
