@@ -180,6 +180,21 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         raise
 
 
+def write_output(path: Path, text: str) -> None:
+    """Write `text` to what the user named for output, as `write_atomic` does; with no text, take away what is there.
+
+    A link, a device or a pipe, such as /dev/stdout, is written to and stays what it is.
+    """
+    replaceable = not os.path.lexists(path) or (path.is_file() and not path.is_symlink())
+    if replaceable and text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text)
+    elif replaceable:
+        path.unlink(missing_ok=True)
+    elif text or path.is_file():  # opening a pipe and writing nothing would tell its reader that this was all
+        path.write_text(text, "utf-8")
+
+
 def _flush(path: Path) -> None:
     """Wait until what was written to a file or a directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -77,7 +77,7 @@ def command(
     Bill of materials, provenance and the validation report are attached to the image, for gemma-pack referrers, cosign
     and oras. With a key they are signed, and so are the image and the model's files; without one, by nobody.
     """
-    from gemma_pack.disk import require_makeable, write_atomic
+    from gemma_pack.disk import require_makeable, write_output
     from gemma_pack.oci.evidence import attach_evidence, find_report
     from gemma_pack.oci.push import push
     from gemma_pack.oci.signing import load_signing_key
@@ -86,7 +86,7 @@ def command(
         raise InvalidUsageError("a signature is a referrer, too", hint="leave out --no-referrers or --sign-key")
     if digest_file:
         require_makeable(digest_file, option="--digest-file")
-        digest_file.unlink(missing_ok=True)  # of an earlier push: whoever reads it must not take it for this one's
+        write_output(digest_file, "")  # nobody must take an earlier push's digest for this one's
     key = load_signing_key(sign_key) if sign_key else None
     found = find_report(source, report, console) if report or require_verdict or not no_referrers else None
     if require_verdict:
@@ -103,8 +103,7 @@ def command(
                 raise
             console.warn(f"nothing is attached: {error.message}")
     if digest_file:
-        digest_file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(digest_file, result.digest)
+        write_output(digest_file, result.digest)
     data = {**result.model_dump(), "attached": [one.model_dump() for one in attached]}
     console.result(data, _text(result, attached))
     console.hint(_next(result))

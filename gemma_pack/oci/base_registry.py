@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gemma_pack.disk import cache_directory
-from gemma_pack.errors import RegistryError
+from gemma_pack.errors import InvalidUsageError, RegistryError
 from gemma_pack.oci.layout import create_layout
 from gemma_pack.oci.manifest import INDEX_TYPES, MANIFEST_TYPES, Index, Manifest
 from gemma_pack.oci.reference import parse_reference
@@ -50,8 +50,12 @@ def keep_base(
         place = _place(root.descriptor.digest, platforms)
         if not place.is_dir():
             place.parent.mkdir(parents=True, exist_ok=True)
-            with create_layout(place) as writer:
-                writer.add_image(_copy(source, root, platforms, writer, name=str(reference)))
+            try:
+                with create_layout(place) as writer:
+                    writer.add_image(_copy(source, root, platforms, writer, name=str(reference)))
+            except InvalidUsageError:
+                if not place.is_dir():
+                    raise  # else another process has brought it meanwhile: the name is its digest
     return place
 
 

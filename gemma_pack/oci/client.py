@@ -43,6 +43,8 @@ _ACCEPT: Final = ", ".join(sorted(INDEX_TYPES) + sorted(MANIFEST_TYPES))
 _BINARY: Final = "application/octet-stream"
 FRESH_FOR_S: Final = 60.0
 """A token that closes an upload is at least this fresh: registries check it again when they commit."""
+_REFERRERS_ANSWERS: Final = (200, 400, 404, 405, 406)
+"""To a request for referrers: 404 of those that do not know them by the specification, and what others say instead."""
 MAX_TAGS: Final = 100
 MAX_REFERRER_PAGES: Final = 20
 STALL_WINDOW_S: Final = 60.0
@@ -274,10 +276,10 @@ class RegistryClient:
         found: list[Descriptor] = []
         for _ in range(MAX_REFERRER_PAGES):
             answer = self.transport.request(
-                "GET", url, expected=(200, 404), scopes=(self._scope,), headers={"Accept": INDEX_TYPE}
+                "GET", url, expected=_REFERRERS_ANSWERS, scopes=(self._scope,), headers={"Accept": INDEX_TYPE}
             )
             # what stands before a registry may answer any path with a page of its own
-            if answer.status == 404 or answer.headers.get("content-type", "").partition(";")[0].strip() != INDEX_TYPE:
+            if answer.status != 200 or answer.headers.get("content-type", "").partition(";")[0].strip() != INDEX_TYPE:
                 return None
             found += Index.parse(answer.body, origin=f"the list of referrers of {digest}").manifests
             following = re.match(r'<([^>]+)>;\s*rel="?next"?', answer.headers.get("link", ""))

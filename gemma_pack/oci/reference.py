@@ -16,6 +16,8 @@ from typing import Final
 from gemma_pack.errors import InvalidUsageError
 
 MAX_NAME_LENGTH: Final = 255
+MAX_LABEL_LENGTH: Final = 63
+"""Of a part of a host's name (RFC 1035, 2.3.4)."""
 """Of host and repository together (`NameTotalLengthMax` in reference.go)."""
 DEFAULT_TAG: Final = "latest"
 _HUB: Final = "docker.io"
@@ -83,7 +85,7 @@ def parse_reference(text: str) -> Reference:
             f"{text!r}: {tag!r} is not a tag: letters, digits, '_', '.', '-', at most 128", hint=_HINT
         )
     host, repository = _split_host(name)
-    if not re.fullmatch(_HOST, host):
+    if not re.fullmatch(_HOST, host) or not _has_sound_labels(host):
         raise InvalidUsageError(f"{text!r}: {host!r} is not a host", hint=_HINT)
     if not _REPOSITORY.fullmatch(repository):
         raise InvalidUsageError(
@@ -131,6 +133,21 @@ def is_loopback(name: str) -> bool:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
+
+
+def _has_sound_labels(host: str) -> bool:
+    """Tell whether a host can stand in a URL: an IPv6 address that is one, or labels as DNS and IDNA have them."""
+    name = host_name(host)
+    try:
+        if host.startswith("["):
+            return ipaddress.ip_address(name).version == 6
+        if "xn--" in name.lower():
+            import idna  # here, because few names need it
+
+            idna.decode(name)
+    except ValueError:  # idna's errors are such
+        return False
+    return all(len(label) <= MAX_LABEL_LENGTH for label in name.split("."))
 
 
 def _split_host(name: str) -> tuple[str, str]:

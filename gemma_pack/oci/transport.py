@@ -13,6 +13,7 @@ import json
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import httpx
@@ -22,6 +23,7 @@ from gemma_pack.errors import InvalidUsageError, OfflineError, RegistryError
 from gemma_pack.oci.auth import Authenticator, Scopes, login_error
 from gemma_pack.oci.credentials import find_credentials
 from gemma_pack.oci.manifest import MAX_DOCUMENT_BYTES
+from gemma_pack.oci.reference import is_loopback
 from gemma_pack.oci.retry import TRANSIENT, AnswerError, Patience, Retry
 from gemma_pack.oci.tls import tls_error, trust, unreachable
 
@@ -87,15 +89,16 @@ class Transport:
         self.timeouts = timeouts or Timeouts()
         plain = plain_http or (reference.is_loopback and ca_file is None)
         self.base = httpx.URL(f"{'http' if plain else 'https'}://{reference.api_host}")
-        direct: dict[str, httpx.BaseTransport | None] = {f"all://{self.base.netloc.decode()}": None}
-        verify = True if plain and ca_file is None else trust(ca_file)
+        connect = partial(
+            httpx.Client,
+            verify=httpx.create_ssl_context() if plain and ca_file is None else trust(ca_file),
+            headers={"User-Agent": f"gemma-pack/{__version__}", "Accept-Encoding": "identity"},
+            limits=httpx.Limits(max_connections=None),
+        )
         try:
-            self._http = httpx.Client(
-                verify=verify,
-                headers={"User-Agent": f"gemma-pack/{__version__}", "Accept-Encoding": "identity"},
-                mounts=direct if reference.is_loopback else None,  # no proxy reaches this machine's own loopback
-                limits=httpx.Limits(max_connections=None),
-            )
+            self._http = connect()
+            # no proxy reaches this machine's own loopback, and none is to see the login for what listens there
+            self._direct = connect(trust_env=False) if reference.is_loopback else self._http
         except (ImportError, ValueError, httpx.InvalidURL) as error:  # its text may hold the proxy's password
             raise InvalidUsageError(
                 "a proxy that the environment names cannot be used",
@@ -113,6 +116,7 @@ class Transport:
         """End all waiting and close all connections."""
         self.patience.stop.set()
         self._http.close()
+        self._direct.close()
 
     def request(
         self,
@@ -279,7 +283,8 @@ class Transport:
     def _exchange(self, request: httpx.Request) -> httpx.Response:
         """Send one request and return the response with its body unread."""
         try:
-            response = self._http.send(request, stream=True)
+            client = self._direct if is_loopback(request.url.host) else self._http
+            response = client.send(request, stream=True)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             if self._reached and tls_error(error) is None:
                 raise self.broken(error) from error

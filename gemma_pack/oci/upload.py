@@ -45,6 +45,8 @@ _OTHER_MODES: Final[dict[int, tuple[Mode, ...]]] = {
     413: ("chunked",),
 }
 """What to try when a request with a blob's bytes is refused as such."""
+_NO_MOUNT: Final = frozenset({400, 404, 405, 501})
+"""Answers to a mount, which the specification lets a registry refuse only by opening a session."""
 _NEW_SESSION: Final = frozenset({401, 404, 416})
 """Answers that a new token or a new session may change."""
 
@@ -147,6 +149,11 @@ class Uploader:
             try:
                 session = self.client.mount(blob.digest or "", source)
             except AccessError:  # no right to read there; that is no obstacle to uploading here
+                session = None
+                continue
+            except AnswerError as error:  # nor is a registry that mounts nothing
+                if error.status not in _NO_MOUNT:
+                    raise
                 session = None
                 continue
             if session is None:

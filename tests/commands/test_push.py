@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -74,6 +75,38 @@ def test_the_digest_is_left_in_a_file_when_all_is_done_and_only_then(
     assert not kept.exists(), "it would name an image that this push did not send"
     assert run([*push, str(source / "index.json" / "digest")]) == 2
     assert "choose another place with --digest-file" in capsys.readouterr().err
+
+
+def test_a_digest_file_that_is_a_link_or_a_pipe_stays_one(
+    registry: Registry, random_layout: Callable[..., Path], tmp_path: Path
+):
+    source = random_layout()
+    digest = Layout.open(source).root.digest
+    push = ["push", str(source), f"{registry.host}/team/gemma:1", "--digest-file"]
+    link, target, pipe = tmp_path / "link", tmp_path / "target", tmp_path / "pipe"
+    target.write_text("an earlier one, which is far longer than any digest of sha256 with its name in front" * 2)
+    link.symlink_to(target)
+    assert run([*push, str(link)]) == 0
+    assert link.is_symlink()
+    assert target.read_text() == digest
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(pipe.read_text)
+        assert run([*push, str(pipe)]) == 0
+        assert read.result(30) == digest
+    assert pipe.is_fifo()
+
+
+def test_a_push_that_fails_leaves_no_earlier_digest_behind_a_link(
+    faulty: Faulty, random_layout: Callable[..., Path], tmp_path: Path
+):
+    target = tmp_path / "digest"
+    target.write_text("sha256:earlier")
+    (tmp_path / "link").symlink_to(target)
+    faulty.faults = [Fault("POST", "", say(422), times=9)]
+    command = ["push", str(random_layout()), f"{faulty.host}/team/gemma:1", "--digest-file", str(tmp_path / "link")]
+    assert run(command) == 1
+    assert target.read_text() == ""
 
 
 def test_an_image_for_another_platform_than_ours_gets_its_documents_too(

@@ -6,6 +6,8 @@ import gzip
 import hashlib
 import io
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ import pytest
 
 from gemma_pack.console import Console
 from gemma_pack.errors import InvalidUsageError, RegistryError
+from gemma_pack.oci import base_registry
 from gemma_pack.oci.base import DEFAULT_PLATFORMS, BaseChoice, load_base
 from gemma_pack.oci.base_registry import names_registry
 from gemma_pack.oci.manifest import GZIP_LAYER_TYPE, LAYER_TYPE, Platform
@@ -23,6 +26,7 @@ from tests.oci.registry import running_registry
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gemma_pack.oci.manifest import Descriptor
     from tests.oci.faulty import Faulty
     from tests.oci.registry import Registry
 
@@ -146,6 +150,25 @@ def test_a_registry_is_told_from_a_path(spec: str, is_reference: bool) -> None:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GEMMA_PACK_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def test_two_processes_that_bring_one_base_at_once_both_have_it(
+    registry: Registry, write_base: Callable[..., Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = f"{registry.host}/bases/micro:1"
+    push(write_base("base.oci"), reference, reporter=Console("quiet"))
+    both, right = threading.Barrier(2), base_registry._copy
+
+    def copy(*arguments: Any, **named: Any) -> Descriptor:
+        both.wait(30)  # neither has it in the cache
+        return right(*arguments, **named)
+
+    monkeypatch.setattr(base_registry, "_copy", copy)
+    with ThreadPoolExecutor(2) as pool:
+        brought = list(pool.map(base_registry.keep_base, [reference] * 2))
+    assert brought[0] == brought[1]
+    assert brought[0].is_relative_to(cache)
+    assert brought[0].is_dir()
 
 
 def test_a_base_in_a_real_registry_is_the_one_in_a_layout_and_named(

@@ -96,6 +96,15 @@ def test_the_tag_of_the_list_is_used_only_where_the_registry_keeps_none(client: 
     assert client.tags() == ("1",)  # it is no image
 
 
+@pytest.mark.parametrize("status", [400, 405, 406])
+def test_a_registry_that_refuses_to_list_gets_the_kept_list(faulty: Faulty, status: int):
+    faulty.faults = [Fault("GET", "/referrers/", say(status), times=99)]
+    with connected(faulty.host) as client:
+        attached = attach(client, SUBJECT, [note("a")])
+        assert list_referrers(client, SUBJECT.digest) == attached
+        assert client.find_manifest(TAG)
+
+
 def test_the_kept_list_is_an_index_as_published(registry: Registry, valid_oci: Callable[[str, Any], None]):
     with connected(registry.host) as client:
         attach(client, SUBJECT, [note("a")])

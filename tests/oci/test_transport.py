@@ -245,6 +245,21 @@ def test_a_proxy_is_not_used_on_loopback(faulty: Faulty, monkeypatch: pytest.Mon
     transport.close()
 
 
+def test_no_proxy_sees_the_login_for_another_port_of_this_machine(
+    faulty: Faulty, monkeypatch: pytest.MonkeyPatch, free_port: int, store_login: Callable[..., None]
+):
+    store_login(faulty.host)
+    realm = {"WWW-Authenticate": f'Bearer realm="http://127.0.0.1:{free_port}/token",service="here"'}
+    faulty.faults = [Fault("GET", "/v2/", say(401, realm))]
+    with faulty_registry() as proxy:
+        monkeypatch.setenv("HTTP_PROXY", f"http://{proxy.host}")
+        transport = Transport(parse_reference(f"{faulty.host}/a/b"), retry=quick(1))
+        with pytest.raises(RegistryError, match=f"127.0.0.1:{free_port}"):
+            get(transport)
+        transport.close()
+        assert proxy.seen == []
+
+
 def test_a_proxy_is_used_elsewhere(faulty: Faulty, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HTTP_PROXY", f"http://{faulty.host}")
     transport = Transport(parse_reference("registry.invalid/a/b"), plain_http=True, retry=quick())

@@ -218,6 +218,15 @@ def test_a_repository_that_may_not_be_read_is_no_obstacle(faulty: Faulty, client
     assert_whole(faulty, moved)
 
 
+@pytest.mark.parametrize("status", [400, 404, 405, 501])
+def test_a_registry_that_mounts_nothing_is_no_obstacle(
+    faulty: Faulty, client: RegistryClient, moved: Bytes, status: int
+):
+    faulty.faults = [Fault("POST", "mount=", say(status))]
+    assert Uploader(client, mount_from=["c/d"], advance=moved).bring(blob()) == "uploaded"
+    assert_whole(faulty, moved)
+
+
 @pytest.mark.parametrize(
     ("host", "mode"),
     [
