@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemma_pack.disk import require_makeable
 from gemma_pack.errors import CheckpointError, InvalidUsageError, MachineError
 from gemma_pack.task_results import TASKS_DIRECTORY
 
@@ -156,7 +157,7 @@ def quantize_models(
         }
         variants = quantize_together(jobs, reporter, ranks)
     for variant in variants:
-        if variant.made_now and is_first_process():
+        if (variant.made_now or variant.has_new_recipe) and is_first_process():
             write_card(variant.directory)
     return variants
 
@@ -264,11 +265,14 @@ def validate_variant(
     from gemma_pack.evaluation.profiles import PROFILES
     from gemma_pack.evaluation.validation import Comparison, validate
     from gemma_pack.record import require_record
+    from gemma_pack.report import REPORT_NAME
     from gemma_pack.reports.card import variant_name, write_card
     from gemma_pack.reports.writing import write_reports
     from gemma_pack.sources import obtain
     from gemma_pack.texts import load_gptq_windows, load_windows
 
+    report_directory = report_directory.absolute()  # it may be ".", which has no name
+    require_makeable(report_directory / REPORT_NAME, option="--report")
     Checkpoint.open(directory)
     record = require_record(directory)
     recipe = gate_recipe(directory, record, recipe_name)

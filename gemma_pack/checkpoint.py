@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
 RECORD_NAME: Final = "gemma-pack.json"
+PICKLED_SUFFIXES: Final = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
+_WEIGHT_SUFFIXES: Final = frozenset({".gguf", ".h5", ".msgpack", ".onnx", ".safetensors"})
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model")
 _AGAIN: Final = "fetch the file again"
 
@@ -87,12 +89,15 @@ class Checkpoint:
             )
 
     def companions(self) -> list[Path]:
-        """Return the files that are neither weights, index nor record, sorted: config, tokenizer, licence."""
-        skipped = {INDEX_NAME, RECORD_NAME}
+        """Return the files that are neither weights of any format, index nor record, sorted.
+
+        What a trainer leaves beside them, such as an optimizer's state in a pickle, counts as weights.
+        """
+        skipped, weights = {INDEX_NAME, RECORD_NAME}, PICKLED_SUFFIXES | _WEIGHT_SUFFIXES
         return sorted(
             path
             for path in self.directory.iterdir()
-            if path.is_file() and path.suffix != ".safetensors" and path.name not in skipped and path.name[0] != "."
+            if path.is_file() and path.suffix not in weights and path.name not in skipped and path.name[0] != "."
         )
 
 

@@ -182,7 +182,8 @@ def _report(plan: BuildFile, one: Wanted, record: Record, means: Means, reporter
     asked = plan.validation
     if record.validation and (target / REPORT_NAME).is_file():
         found = read_report(target / REPORT_NAME)
-        if _answers(found, asked) and found.digest() == record.validation.report_sha256:
+        right = _answers(found, asked) and _is_judged_by(found, one.recipe) and _reads_same(found, asked, one.directory)
+        if right and found.digest() == record.validation.report_sha256:
             reporter.status(f"{target} is there already, on the same windows")
             return found
     return validate_variant(
@@ -212,6 +213,30 @@ def _answers(report: Report, asked: ValidationPart) -> bool:
         and (read.spec in {text, Path(text).name} or read.spec.partition("@")[0] == text)
         and math.isclose(1 - report.method.confidence, (1 - CONFIDENCE) / looks)
     )
+
+
+def _is_judged_by(report: Report, recipe: Recipe) -> bool:
+    """Say whether the margins of a report are those of the recipe's gate as it reads now."""
+    row = recipe.gate_for(report.base.parameters)
+    return report.gate is not None and report.gate.margins == row.model_dump(
+        exclude={"up_to_parameters"}, exclude_none=True
+    )
+
+
+def _reads_same(report: Report, asked: ValidationPart, directory: Path) -> bool:
+    """Say whether a text that is a file still gives the windows of a report; of other texts that is taken for granted.
+
+    `directory` has the tokenizer.
+    """
+    from gemma_pack.texts import load_windows
+
+    read = report.protocol.text
+    if not Path(asked.text).is_file():
+        return True
+    found = load_windows(
+        asked.text, "evaluation", directory, samples=read.windows, sequence_length=read.sequence_length, seed=read.seed
+    )
+    return found.record.sha256 == read.sha256
 
 
 def _package(plan: BuildFile, directory: Path, reporter: Reporter) -> tuple[BuiltImage, ...]:

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from gemma_pack.errors import RecipeError
 from gemma_pack.gemma import possible_groups
@@ -85,16 +85,25 @@ class Calibration(_Part):
     seed: Seed = 0
 
 
+def _refuse_yes_and_no(value: object) -> object:
+    if isinstance(value, bool):  # which Python counts as 1 and 0
+        raise ValueError("is yes or no, and a number is wanted")  # noqa: TRY004 - pydantic reports ValueErrors
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_refuse_yes_and_no)]
+
+
 class GateRow(_Part):
     """What a variant of a model up to a size may cost, as one-sided 95 % bounds. At least one margin is set."""
 
-    up_to_parameters: Annotated[float, Field(gt=0)] | None = None
+    up_to_parameters: Annotated[Number, Field(gt=0)] | None = None
     """The row holds for models of at most so many parameters; None holds for all. The first that holds counts."""
-    ppl_increase_percent: Annotated[float, Field(ge=0)] | None = None
+    ppl_increase_percent: Annotated[Number, Field(ge=0)] | None = None
     """100 (perplexity of the variant / perplexity of the base - 1) at most."""
-    kl_nats: Annotated[float, Field(ge=0)] | None = None
+    kl_nats: Annotated[Number, Field(ge=0)] | None = None
     """Mean KL(base || variant) over the full vocabulary, nats a token, at most."""
-    same_top1_percent: Annotated[float, Field(ge=0, le=100)] | None = None
+    same_top1_percent: Annotated[Number, Field(ge=0, le=100)] | None = None
     """Share of tokens where both rank the same token first, at least."""
 
     @model_validator(mode="after")

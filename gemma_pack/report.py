@@ -54,6 +54,8 @@ class Base(_Part):
     note: str | None = None
     parameters: int
     size_bytes: int
+    weights_sha256: str | None = None
+    """Over a line "sha256 name" for each safetensors file, sorted by name; None in reports from before it was kept."""
 
 
 class Spilled(_Part):

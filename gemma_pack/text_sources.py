@@ -156,13 +156,26 @@ def _parse_line(path: Path, number: int, line: str) -> str | list[dict[str, str]
     if isinstance(row, dict):
         text, messages = row.get("text"), row.get("messages")
         if isinstance(text, str):
+            _require_whole(text, path, number)
             return text
         if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
+            for message in messages:
+                _require_whole(message["role"] + message["content"], path, number)
             return messages
     raise TextError(
         f"{path}:{number}: neither a text nor a chat",
         hint='a line is {"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}',
     )
+
+
+def _require_whole(text: str, path: Path, number: int) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"{path}:{number}: {text[error.start]!a} is half of a character",
+            hint="a text was cut inside a surrogate pair: cut it again by code points, or leave the line out",
+        ) from error
 
 
 def _is_message(message: object) -> bool:

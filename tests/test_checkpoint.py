@@ -225,7 +225,15 @@ def test_a_tokenizer_is_asked_for_where_it_is_needed(single: Path):
 
 
 def test_companions_are_all_but_weights_index_record_and_hidden_files(sharded: Path):
-    for name in ("tokenizer.json", "LICENSE", "gemma-pack.json", ".gitattributes", "stray.safetensors"):
+    for name in (
+        "tokenizer.json",
+        "LICENSE",
+        "gemma-pack.json",
+        ".gitattributes",
+        "stray.safetensors",
+        "a.bin",
+        "a.pt",
+    ):
         (sharded / name).write_text("{}", "utf-8")
     (sharded / "sub").mkdir()
     assert [path.name for path in Checkpoint.open(sharded).companions()] == ["LICENSE", "config.json", "tokenizer.json"]

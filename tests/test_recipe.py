@@ -129,6 +129,7 @@ def test_an_unreadable_file_is_said_plainly(tmp_path: Path):
         (changed("  - kl_nats: 0.1\n", "  []\n"), "mine.yaml:9: gate: there is no row, so nothing would be judged"),
         (changed("kl_nats: 0.1", "up_to_parameters: 1.0e+9"), "mine.yaml:10: gate.0: sets no margin: give ppl_"),
         (changed("kl_nats: 0.1", "kl_nats: -0.1"), "mine.yaml:10: gate.0.kl_nats: Input should be greater than"),
+        (changed("kl_nats: 0.1", "kl_nats: yes"), "mine.yaml:10: gate.0.kl_nats: is yes or no, and a number is wanted"),
         (changed("kl_nats: 0.1", "kl_nats: .inf"), "mine.yaml:10: gate.0.kl_nats: Input should be a finite number"),
         (changed("kl_nats: 0.1", "same_top1_percent: 101"), "mine.yaml:10: gate.0.same_top1_percent: Input should be"),
         (changed("0.1\n", "0.1\n  - kl_nats: 0.2\n"), "mine.yaml:9: gate: a row is never reached: sort the rows by "),

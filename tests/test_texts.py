@@ -178,6 +178,12 @@ def test_fewer_windows_than_asked_are_a_warning_and_recorded(tokenizer: Path, tm
         ("empty.jsonl", "\n", "empty.jsonl holds no text"),
         ("tiny.txt", "Hi.", "too few for one window"),
         ("broken.jsonl", '{"text": "a"}\n{"text"', r"broken.jsonl:2: not JSON"),
+        ("half.jsonl", '{"text": "a"}\n{"text": "cut \\ud83d"}', r"half.jsonl:2: '\\ud83d' is half of a character"),
+        (
+            "chat.jsonl",
+            '{"messages": [{"role": "user", "content": "cut \\ud83d"}]}',
+            r"chat.jsonl:1: '\\ud83d' is half of a character",
+        ),
         ("odd.jsonl", '{"prompt": "a"}', r"odd.jsonl:1: neither a text nor a chat"),
         ("list.jsonl", '["a"]', r"list.jsonl:1: neither a text nor a chat"),
         ("chat.jsonl", '{"messages": [{"role": "user"}]}', r"chat.jsonl:1: neither a text nor a chat"),

@@ -16,6 +16,8 @@ from gemma_pack.errors import InvalidUsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from gemma_pack.quantization.variant import Variant
+
 
 DEFAULT_MODEL = "google/gemma-2-9b-it"
 PROJECT_FILE = Path("gemma-pack.yaml")
@@ -85,7 +87,7 @@ def command(
         model, recipes, choice, revision=revision, device=device, offline=offline, reporter=console
     )
     rows = [
-        [str(v.directory), format_bytes(m.base_size_bytes), format_bytes(m.size_bytes), _outcome(made_now=v.made_now)]
+        [str(v.directory), format_bytes(m.base_size_bytes), format_bytes(m.size_bytes), _outcome(v)]
         for v in results
         if (m := v.record.quantization)
     ]
@@ -116,8 +118,12 @@ def _require_free(targets: Mapping[str, Path]) -> None:
             refuse_existing(target)
 
 
-def _outcome(*, made_now: bool) -> str:
-    return "made now" if made_now else "already there, from the same inputs"
+def _outcome(variant: Variant) -> str:
+    if variant.made_now:
+        return "made now"
+    return (
+        "already there, now with this recipe.yaml" if variant.has_new_recipe else "already there, from the same inputs"
+    )
 
 
 def project_model() -> str | None:

@@ -120,6 +120,7 @@ def command(
     from gemma_pack.acceptance import Access, default_report_directory, is_image, validate_image
     from gemma_pack.build import validate_variant
     from gemma_pack.oci.signing import load_public_key, load_signing_key
+    from gemma_pack.report import report_directory
 
     settings = {
         "profile_name": options.pop("profile"),
@@ -132,7 +133,7 @@ def command(
         **options,
     }
     if not is_image(variant):
-        target = report or Path(variant).with_name(f"{Path(variant).name}.report")
+        target = report or report_directory(Path(variant))
         show(validate_variant(Path(variant), target, **settings), target, Path(variant).resolve().name, console)
         return
     access = Access(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from gemma_pack.report import KernelNoise, NoiseFloor, Report
+    from gemma_pack.report import Base, KernelNoise, NoiseFloor, Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +61,28 @@ def compare_reports(old: Report, new: Report) -> Changes:
 
 def _require_pair(old: Report, new: Report) -> None:
     same_text = old.protocol.text.sha256 == new.protocol.text.sha256
-    same_base = (old.base.model_id, old.base.revision) == (new.base.model_id, new.base.revision)
     if not same_text or len(old.windows) != len(new.windows):
         raise InvalidUsageError(
             "the two reports read different windows, so they cannot be paired",
             hint="validate both with the same --text, --profile and --seed",
         )
-    if not same_base:
-        raise InvalidUsageError(
-            f"the two reports have different bases: {old.base.model_id} and {new.base.model_id}",
-            hint="compare variants of one base",
-        )
+    if not _same_base(old.base, new.base):
+        names = [" ".join(filter(None, (base.model_id, base.revision))) for base in (old.base, new.base)]
+        said = " and ".join(names) if names[0] != names[1] else f"two that are both called {names[0]}"
+        raise InvalidUsageError(f"the two reports have different bases: {said}", hint="compare variants of one base")
     if len(old.windows) < MINIMUM_WINDOWS:
         raise InvalidUsageError(
             f"{len(old.windows)} windows are too few to show a change", hint="validate both with --profile quick"
         )
+
+
+def _same_base(old: Base, new: Base) -> bool:
+    """Tell whether two reports are about one base: by its weights, or by commit, name and size where those say more."""
+    digests = {old.weights_sha256, new.weights_sha256}
+    if None not in digests and (len(digests) == 1 or new.revision is None):
+        return len(digests) == 1
+    names = [(base.model_id, base.revision, base.parameters, base.size_bytes) for base in (old, new)]
+    return names[0] == names[1]
 
 
 def _change(measure: _Measure, old: Report, new: Report) -> Change:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,8 @@ def describe_variant(record: Record, checkpoint: Checkpoint, reporter: Reporter)
 
 
 def describe_base(source: SourceRecord, checkpoint: Checkpoint) -> Base:
-    """Return where the base is from and how large it is."""
+    """Return where the base is from, how large it is, and which weights it has."""
+    lines = [f"{file.sha256} {file.path}\n" for file in source.files if file.path.endswith(".safetensors")]
     return Base(
         kind=source.kind,
         model_id=source.model_id,
@@ -44,6 +46,7 @@ def describe_base(source: SourceRecord, checkpoint: Checkpoint) -> Base:
         note=source.note,
         parameters=sum(tensor.parameters for tensor in checkpoint.tensors.values()),
         size_bytes=checkpoint.size_bytes,
+        weights_sha256=hashlib.sha256("".join(sorted(lines)).encode()).hexdigest() if lines else None,
     )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -82,6 +83,11 @@ class _Wanted:
     def label(self) -> str:
         return self.benchmark.label if self.benchmark else Path(self.name).stem
 
+    @property
+    def file_name(self) -> str:
+        """Of the file with its items."""
+        return f"{self.label.replace('/', '-').replace(' ', '-')}.jsonl"
+
 
 def require_harness() -> None:
     """Raise MachineError where lm-evaluation-harness is not installed."""
@@ -115,7 +121,9 @@ def run_tasks(
     choice.kept.mkdir(parents=True, exist_ok=True)
     for wanted in _wanted(choice):
         benchmark = wanted.benchmark
-        name = hashlib.sha256(f"{key} {wanted.name} {choice.limit} {_content(wanted.name)}".encode()).hexdigest()[:24]
+        shots = benchmark.shots if benchmark else None
+        asked = f"{key} {wanted.name} {shots} {choice.limit} {_content(wanted.name)}"
+        name = hashlib.sha256(asked.encode()).hexdigest()[:24]
         path = choice.kept / f"{name}.json"
         if path.exists():
             found[wanted.label] = TaskScores.model_validate_json(path.read_bytes())
@@ -136,7 +144,7 @@ def run_tasks(
             reader,
             tokenizer,
             bos,
-            shots=benchmark.shots if benchmark else None,
+            shots=shots,
             limit=choice.limit,
             reporter=reporter,
         )
@@ -180,7 +188,7 @@ def _pair(wanted: _Wanted, base: TaskScores, variant: TaskScores, items: Path) -
     if wanted.benchmark:
         chosen = (wanted.benchmark.metric, wanted.benchmark.filter)
         paired = [(theirs, ours) for theirs, ours in paired if (ours.metric, ours.filter) == chosen]
-    name = f"{wanted.label.replace('/', '-').replace(' ', '-')}.jsonl"
+    name = wanted.file_name
     rows = [
         {"item": item, "metric": ours.metric, "filter": ours.filter, "base": score, "variant": ours.scores[item]}
         for theirs, ours in paired
@@ -271,7 +279,14 @@ def paired_interval(base: Floats, variant: Floats) -> Interval:
 
 def _wanted(choice: TaskChoice) -> list[_Wanted]:
     suite = [_Wanted(benchmark.task, benchmark) for benchmark in SUITES[choice.suite]] if choice.suite else []
-    return [*suite, *(_Wanted(name) for name in choice.names)]
+    wanted = [*suite, *(_Wanted(name) for name in choice.names)]
+    for one, other in itertools.combinations(wanted, 2):
+        if one.file_name == other.file_name:
+            raise InvalidUsageError(
+                f"{one.name} and {other.name} are both called {other.label} in the report",
+                hint="give one of the YAML files another name, or run them one after the other",
+            )
+    return wanted
 
 
 def _content(name: str) -> str:

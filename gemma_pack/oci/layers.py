@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final, Protocol
 
+from gemma_pack.checkpoint import PICKLED_SUFFIXES
 from gemma_pack.errors import CheckpointError
 from gemma_pack.oci.manifest import LAYER_TYPE
 from gemma_pack.oci.tar_header import DIRECTORY, END, REGULAR, member_header, padded
@@ -33,7 +34,6 @@ MAX_WEIGHT_LAYERS: Final = 32
 """With those of a base and three of small files, an image stays under the 40 layers that every runtime mounts."""
 CHUNK_BYTES: Final = 1 << 20
 
-_PICKLED: Final = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 _TOKENIZER: Final = frozenset({
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "preprocessor_config.json",
     "processor_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
@@ -216,7 +216,7 @@ def _entry(path: Path, root: Path) -> LayerEntry:
         )
     if not source.is_file():
         raise CheckpointError(f"{path} is neither a file nor a directory", hint="remove it, or replace it by a copy")
-    if path.suffix in _PICKLED:
+    if path.suffix in PICKLED_SUFFIXES:
         raise CheckpointError(
             f"{path} looks like a pickle, which runs code when it is loaded", hint="move it out of the directory"
         )

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from gemma_pack.checkpoint import INDEX_NAME, RECORD_NAME
+from gemma_pack.quantization.fitting import ignored_modules, require_divisible
 from gemma_pack.quantization.layout import variant_tensors
 from gemma_pack.quantization.shards import divide, shard_name
-from gemma_pack.quantization.variant import ignored_modules, require_divisible
 from gemma_pack.safetensors_file import DTYPE_BITS, TensorInfo, plan_safetensors
 
 if TYPE_CHECKING:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import re
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from gemma_pack.checkpoint import Checkpoint, write_index
-from gemma_pack.disk import held_alone, refuse_existing, require_space, staged_directory
-from gemma_pack.errors import CheckpointError, RecipeError
-from gemma_pack.gemma import TOWERS, checkpoint_linears, require_supported, spellings
+from gemma_pack.disk import held_alone, refuse_existing, require_space, staged_directory, write_atomic
+from gemma_pack.errors import GemmaPackError, TextError
+from gemma_pack.gemma import TOWERS, require_supported, spellings
+from gemma_pack.quantization.fitting import ignored_modules, linear_groups, require_divisible
 from gemma_pack.quantization.layout import variant_tensors
 from gemma_pack.quantization.loader import prove_loadable
 from gemma_pack.quantization.shards import copy_shards, link_shards
 from gemma_pack.quantization.untouched import prove_untouched
+from gemma_pack.recipe import load_recipe
 from gemma_pack.record import (
     EquivalenceProof,
     QuantizationRecord,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from gemma_pack.console import Reporter
     from gemma_pack.quantization.journal import Journal
     from gemma_pack.quantization.ranks import Ranks
-    from gemma_pack.recipe import Recipe
+    from gemma_pack.recipe import GateRow, Recipe
     from gemma_pack.record import SourceRecord, TextRecord
     from gemma_pack.texts import Windows
 
@@ -53,6 +54,8 @@ class Variant:
     directory: Path
     record: Record
     made_now: bool
+    has_new_recipe: bool = False
+    """Whether it was there, and recipe.yaml was replaced by one that differs in words or gate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +119,7 @@ def quantize_together(jobs: Mapping[Path, Job], reporter: Reporter, ranks: Ranks
             Checkpoint.open(target)
             if ranks.is_first:
                 remove_journals(target)
-            made[target] = Variant(target, existing, made_now=False)
+            made[target] = _with_recipe(Variant(target, existing, made_now=False), job, ranks)
         else:
             refuse_existing(target)
             kept[target] = ignored
@@ -140,6 +143,30 @@ def quantize_together(jobs: Mapping[Path, Job], reporter: Reporter, ranks: Ranks
             ranks.wait()
             made[target] = Variant(target, record if ranks.is_first else require_record(target), made_now=True)
     return [made[target] for target in jobs]
+
+
+def _with_recipe(variant: Variant, job: Job, ranks: Ranks) -> Variant:
+    """Give a variant that is there the recipe as it reads now, which makes the same bytes.
+
+    Another gate takes the verdict out of the record, since it is not that gate's.
+    """
+    path = variant.directory / RECIPE_NAME
+    if path.is_file() and path.read_bytes() == job.recipe_text.encode():
+        return variant
+    record = variant.record
+    if record.validation and _gate_in(path) != job.recipe.gate:
+        record = record.model_copy(update={"validation": None})
+    if ranks.is_first:
+        record.write(variant.directory)
+        write_atomic(path, job.recipe_text)
+    return Variant(variant.directory, record, made_now=False, has_new_recipe=True)
+
+
+def _gate_in(path: Path) -> tuple[GateRow, ...] | None:
+    try:
+        return load_recipe(str(path)).gate
+    except GemmaPackError:  # missing or damaged
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +195,13 @@ def _require_fitting(job: Job) -> set[str]:
     require_supported(job.base.config)
     ignored = ignored_modules(job.base, job.recipe)
     require_divisible(job.base, job.recipe, ignored)
+    settings, windows = job.recipe.refinement, job.refinement_windows
+    if settings and windows and len(windows.ids) <= settings.held_out:
+        raise TextError(
+            f"{windows.record.spec} fills {len(windows.ids)} windows of {settings.sequence_length} tokens, and "
+            f"refinement holds out {settings.held_out} to judge by",
+            hint="give a longer calibration text, or a recipe with a lower refinement.held_out",
+        )
     return ignored
 
 
@@ -268,33 +302,6 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def ignored_modules(checkpoint: Checkpoint, recipe: Recipe) -> set[str]:
-    """Return the decoder linears that the recipe's `ignore` names.
-
-    Raises:
-        RecipeError: an entry matches nothing, or splits layers that a server fuses into one matrix.
-    """
-    groups = _linear_groups(checkpoint)
-    names = [name for group in groups for name in group]
-    ignored: set[str] = set()
-    for entry in recipe.ignore:
-        pattern = entry.removeprefix("re:") if entry.startswith("re:") else re.escape(entry)
-        found = {name for name in names if re.fullmatch(pattern, name)}
-        if not found:
-            raise RecipeError(
-                f"ignore: {entry} of recipe {recipe.name} matches no linear layer of this model",
-                hint=f"layer names look like {names[0]}; embeddings and head are left alone anyway",
-            )
-        ignored |= found
-    for group in groups:
-        if ignored.intersection(group) and not ignored.issuperset(group):
-            raise RecipeError(
-                f"recipe {recipe.name} ignores a part of {', '.join(group)}, which servers fuse into one matrix",
-                hint="ignore all of them or none",
-            )
-    return ignored
-
-
 def _assemble(job: Job, rounded: _Rounded, ignored: set[str], staging: Path, reporter: Reporter) -> Record:
     """Write all files of the variant into `staging`, prove the rest untouched and return the record."""
     from gemma_pack.quantization.scheme import describe, quantization_config
@@ -343,34 +350,9 @@ def _changed(job: Job, ignored: set[str]) -> set[str]:
     """Return the tensors of the base that the recipe replaces."""
     from gemma_pack.quantization.transforms import norm_of
 
-    groups = [group for group in _linear_groups(job.base) if group[0] not in ignored]
+    groups = [group for group in linear_groups(job.base) if group[0] not in ignored]
     norms = [norm_of(group) for group in groups] if job.recipe.smoothing else []
     return {f"{name}.weight" for group in groups for name in group} | {norm for norm in norms if norm}
-
-
-def _linear_groups(checkpoint: Checkpoint) -> list[list[str]]:
-    return [group for layer in checkpoint_linears(checkpoint) for group in layer]
-
-
-def require_divisible(checkpoint: Checkpoint, recipe: Recipe, ignored: set[str]) -> None:
-    """Raise unless the groups divide the input columns of every layer to be quantized."""
-    size = recipe.columns_divisor
-    for name in (name for group in _linear_groups(checkpoint) for name in group if name not in ignored):
-        info = checkpoint.tensors.get(f"{name}.weight")
-        if info is None:
-            raise CheckpointError(
-                f"{checkpoint.directory} has no tensor {name}.weight, which config.json promises",
-                hint="fetch the checkpoint again",
-            )
-        if info.shape[1] % size:
-            raise RecipeError(
-                f"{name} has {info.shape[1]} input columns, which groups of {size} do not divide",
-                hint="use a recipe with smaller groups",
-            )
-        if recipe.scheme == "FP8_BLOCK" and info.shape[0] % size:
-            raise RecipeError(
-                f"{name} has {info.shape[0]} rows, which blocks of {size} do not divide", hint="use fp8-dynamic"
-            )
 
 
 def _identity(record: Record) -> Mapping[str, object] | None:

@@ -98,6 +98,28 @@ def test_another_profile_validates_again_and_packs_the_new_verdict(
     assert second["digest"] != first["digest"]
 
 
+def test_another_gate_or_another_text_of_the_same_name_validates_again(
+    write_build: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gemma_pack.text_sources import builtin_halves
+
+    prose = "\n\n".join(builtin_halves()[1])
+    (tmp_path / "mine.txt").write_text(prose, "utf-8")
+    part = {"profile": "quick", "text": "mine.txt"}
+    build = ["build", str(write_build(MARGIN_OF_ANYTHING, validation=part)), "--format", "json"]
+    assert run(build) == 0
+    [first] = json.loads(capsys.readouterr().out)["variants"]
+    write_build(0, validation=part)
+    assert run(build) == 10
+    [second] = json.loads(capsys.readouterr().out)["variants"]
+    assert second["report"]["gate"]["margins"] == {"kl_nats": 0}
+    assert second["report"]["windows"] == first["report"]["windows"]
+    (tmp_path / "mine.txt").write_text(prose[len(prose) // 3 :], "utf-8")
+    assert run(build) == 10
+    [third] = json.loads(capsys.readouterr().out)["variants"]
+    assert third["report"]["protocol"]["text"]["sha256"] != first["report"]["protocol"]["text"]["sha256"]
+
+
 def test_many_models_and_recipes_make_a_row_each(
     write_build: Callable[..., Path], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

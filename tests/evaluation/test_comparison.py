@@ -86,3 +86,32 @@ def test_what_cannot_be_paired_is_refused() -> None:
     few = report.model_copy(update={"windows": report.windows[:8]})
     with pytest.raises(InvalidUsageError, match="8 windows are too few"):
         compare_reports(few, few)
+
+
+@pytest.mark.parametrize(
+    ("revision", "old", "new", "paired"),
+    [
+        (None, "1" * 64, "1" * 64, True),
+        (None, "1" * 64, "2" * 64, False),
+        (None, None, "2" * 64, True),  # reports from before digests were kept go by the name
+        ("9" * 40, "1" * 64, "2" * 64, True),  # one commit, in other shards
+    ],
+)
+def test_two_directories_of_one_name_are_told_apart_by_their_weights(
+    revision: str | None, old: str | None, new: str | None, paired: bool
+) -> None:
+    first, second = (
+        run(0.1, base=run(0.1).base.model_copy(update={"revision": revision, "weights_sha256": digest}))
+        for digest in (old, new)
+    )
+    if paired:
+        assert not compare_reports(first, second).regressed
+        return
+    with pytest.raises(InvalidUsageError, match="two that are both called"):
+        compare_reports(first, second)
+
+
+def test_the_same_weights_under_another_name_are_one_base() -> None:
+    base = run(0.1).base.model_copy(update={"weights_sha256": "1" * 64})
+    renamed = base.model_copy(update={"model_id": "copy", "revision": None})
+    assert not compare_reports(run(0.1, base=base), run(0.1, base=renamed)).regressed

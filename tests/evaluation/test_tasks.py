@@ -152,6 +152,24 @@ def test_sampled_answers_are_refused(run: Callable[..., object], tmp_path: Path)
         run(write_task(tmp_path / "tasks", "answer", generation_kwargs=sampled))
 
 
+def test_two_files_of_one_name_are_refused(run: Callable[..., object], tmp_path: Path) -> None:
+    paths = [write_task(tmp_path / name, "choice") for name in ("a", "b")]
+    with pytest.raises(InvalidUsageError, match="are both called choice"):
+        run(*paths)
+
+
+def test_a_task_alone_and_in_a_suite_with_examples_are_two(
+    run: Callable[..., dict[str, TaskScores | SkippedTask]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_task(tmp_path / "tasks", "choice")
+    monkeypatch.setitem(SUITES, "three", (Benchmark("Chosen", path, "acc", ("choice",), 3, (1, 2)),))
+    found = run(path, suite="three")
+    with_examples, alone = found["Chosen"], found["choice"]
+    assert isinstance(with_examples, TaskScores)
+    assert isinstance(alone, TaskScores)
+    assert with_examples.prompts_sha256 != alone.prompts_sha256
+
+
 def test_a_task_that_is_nowhere_is_refused(run: Callable[..., object], tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text("task: wrong\ndataset_path: nobody/nothing\noutput_type: generate_until\ntest_split: test\n")

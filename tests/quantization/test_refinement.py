@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gemma_pack.checkpoint import file_sha256
-from gemma_pack.errors import QuantizationError
+from gemma_pack.errors import QuantizationError, TextError
 from gemma_pack.quantization import refinement
 from gemma_pack.quantization.divergence import kl_to_base
 from gemma_pack.quantization.tuned_model import TunedLinear
@@ -39,6 +39,17 @@ def refining_job(
     )
     object.__setattr__(job, "refinement_windows", windows)
     return job
+
+
+@pytest.mark.parametrize("windows", [2, 8])
+def test_a_text_too_short_to_hold_any_out_is_refused_before_anything_is_rounded(
+    refining_job: Job, tiny_checkpoint: Path, tmp_path: Path, reporter: Reporter, windows: int
+) -> None:
+    few = load_windows("builtin", "calibration", tiny_checkpoint, samples=windows, sequence_length=64, seed=1)
+    object.__setattr__(refining_job, "refinement_windows", few)
+    with pytest.raises(TextError, match=f"fills {windows} windows of 64 tokens, and refinement holds out 8"):
+        quantize(refining_job, tmp_path / "variant", reporter)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("soft_cap", [None, 5.0])

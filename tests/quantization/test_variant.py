@@ -23,6 +23,7 @@ from gemma_pack.quantization.untouched import prove_untouched
 from gemma_pack.quantization.variant import quantize, quantize_together
 from gemma_pack.record import read_record
 from tests.quantization.conftest import RECIPE
+from tests.reports.reports import make_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,6 +113,40 @@ def test_the_same_job_gives_the_same_bytes_and_is_not_done_twice(
     assert not again.made_now
     assert again.record == first.record
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_another_gate_replaces_the_recipe_and_takes_the_verdict_out(
+    tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter
+) -> None:
+    first = quantize(make_job(tiny_checkpoint), tmp_path / "a", reporter)
+    judged = first.record.model_copy(update={"validation": make_report().summary()})
+    judged.write(tmp_path / "a")
+    weights = {name: digest for name, digest in digests(tmp_path / "a").items() if name.endswith(".safetensors")}
+    reworded = RECIPE.replace("for tests", "in other words")
+    second = quantize(make_job(tiny_checkpoint, reworded), tmp_path / "a", reporter)
+    assert (second.made_now, second.has_new_recipe, second.record) == (False, True, judged)
+    assert (tmp_path / "a/recipe.yaml").read_text() == reworded
+    tighter = RECIPE.replace("kl_nats: 1", "kl_nats: 0.5")
+    third = quantize(make_job(tiny_checkpoint, tighter), tmp_path / "a", reporter)
+    assert (third.made_now, third.has_new_recipe, third.record) == (False, True, first.record)
+    assert (tmp_path / "a/recipe.yaml").read_text() == tighter
+    assert read_record(tmp_path / "a").validation is None
+    assert weights.items() <= digests(tmp_path / "a").items()
+    assert not quantize(make_job(tiny_checkpoint, tighter), tmp_path / "a", reporter).has_new_recipe
+
+
+def test_what_a_trainer_left_beside_the_weights_is_not_copied(
+    tiny_checkpoint: Path, make_job: MakeJob, tmp_path: Path, reporter: Reporter
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_checkpoint, base)
+    for name in ("optimizer.pt", "pytorch_model.bin", "training_args.bin", "model.gguf"):
+        (base / name).write_bytes(b"x")
+    (base / "trainer_state.json").write_text("{}")
+    made = quantize(make_job(base), tmp_path / "a", reporter).directory
+    suffixes = {path.suffix for path in made.iterdir()}
+    assert not suffixes & {".pt", ".bin", ".gguf"}
+    assert (made / "trainer_state.json").is_file()
 
 
 def test_a_run_killed_while_it_tidied_up_is_tidied_up_after(
