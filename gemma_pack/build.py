@@ -265,14 +265,13 @@ def validate_variant(
     from gemma_pack.evaluation.profiles import PROFILES
     from gemma_pack.evaluation.validation import Comparison, validate
     from gemma_pack.record import require_record
-    from gemma_pack.report import REPORT_NAME
     from gemma_pack.reports.card import variant_name, write_card
     from gemma_pack.reports.writing import write_reports
     from gemma_pack.sources import obtain
     from gemma_pack.texts import load_gptq_windows, load_windows
 
     report_directory = report_directory.absolute()  # it may be ".", which has no name
-    require_makeable(report_directory / REPORT_NAME, option="--report")
+    _check_beforehand(report_directory, tasks)
     Checkpoint.open(directory)
     record = require_record(directory)
     recipe = gate_recipe(directory, record, recipe_name)
@@ -321,6 +320,20 @@ def validate_variant(
     record.model_copy(update={"validation": report.summary()}).write(directory)
     write_card(directory)
     return report
+
+
+def _check_beforehand(report_directory: Path, tasks: TaskNames | None) -> None:
+    """Raise InvalidUsageError where a report cannot be written or would lie in a checkpoint, and for unknown tasks."""
+    from gemma_pack.report import REPORT_NAME
+
+    require_makeable(report_directory / REPORT_NAME, option="--report")
+    if (report_directory / "config.json").is_file():
+        raise InvalidUsageError(
+            f"{report_directory} is a checkpoint, which a report would become a part of",
+            hint="name another directory with --report",
+        )
+    if tasks:
+        tasks.choice(report_directory, offline=True).require_known()
 
 
 def _replace_items(items: Path, target: Path) -> None:

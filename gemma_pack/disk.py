@@ -7,6 +7,7 @@ whole or not there, as an error or Ctrl-C does.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -14,13 +15,15 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from gemma_pack.console import format_bytes
 from gemma_pack.errors import InvalidUsageError, MachineError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_UNUSABLE: Final = frozenset({errno.EACCES, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS})
 
 
 @contextlib.contextmanager
@@ -141,6 +144,22 @@ def cache_directory() -> Path:
     if configured := os.environ.get("GEMMA_PACK_CACHE"):
         return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma-pack"
+
+
+def cache_error(error: BaseException) -> MachineError | None:
+    """Return the error for a cache that may not be made, read or written to, if `error` is about it."""
+    if not isinstance(error, OSError) or error.errno not in _UNUSABLE or not isinstance(error.filename, str):
+        return None
+    try:
+        cache, path = cache_directory().absolute(), Path(error.filename).absolute()
+    except RuntimeError:  # nobody's home
+        return None
+    if not path.is_relative_to(cache) and not cache.is_relative_to(path):
+        return None
+    return MachineError(
+        f"the cache cannot be used: {error.strerror or error} at {path}",
+        hint="GEMMA_PACK_CACHE names another directory for it",
+    )
 
 
 def is_ours(path: Path) -> bool:

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gemma_pack import disk
-from gemma_pack.disk import held_alone, is_ours, refuse_existing, require_space, staged_directory, write_atomic
+from gemma_pack.disk import (
+    cache_error,
+    held_alone,
+    is_ours,
+    refuse_existing,
+    require_space,
+    staged_directory,
+    write_atomic,
+)
 from gemma_pack.errors import InvalidUsageError, MachineError
 
 if TYPE_CHECKING:
@@ -216,3 +224,24 @@ def test_a_file_is_ours_by_its_owner_and_a_link_never_is(tmp_path: Path):
     if os.geteuid() == 0:
         os.chown(tmp_path / "file", 4242, 4242)
         assert not is_ours(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "known"),
+    [
+        ("cache/demo/config.json", errno.EACCES, True),
+        ("cache", errno.EROFS, True),
+        (".", errno.EACCES, True),  # where the cache would have to be made
+        ("cache/demo", errno.EISDIR, False),
+        ("model", errno.EACCES, False),
+    ],
+)
+def test_a_cache_that_cannot_be_used_is_told_from_other_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int, *, known: bool
+) -> None:
+    monkeypatch.setenv("GEMMA_PACK_CACHE", str(tmp_path / "cache"))
+    error = cache_error(OSError(number, os.strerror(number), str(tmp_path / name)))
+    assert (error is not None) is known
+    if error:
+        assert (error.exit_code, "GEMMA_PACK_CACHE" in (error.hint or "")) == (12, True)
+    assert cache_error(ValueError(name)) is None

@@ -17,6 +17,7 @@ import click
 
 from gemma_pack import __version__
 from gemma_pack.console import Console
+from gemma_pack.disk import cache_error
 from gemma_pack.errors import GemmaPackError, InvalidUsageError, known_error
 
 VERBS: Final[tuple[str, ...]] = (
@@ -138,7 +139,7 @@ def _known_error(error: Exception) -> GemmaPackError | None:
         return InvalidUsageError(" ".join(error.format_message().split()), hint=hint)
     if isinstance(error, click.ClickException):
         return GemmaPackError(error.format_message())
-    return known_error(error)
+    return cache_error(error) or known_error(error)
 
 
 def _console(arguments: list[str]) -> Console:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +147,7 @@ def _say_next(outcomes: Sequence[VariantOutcome], console: Console) -> None:
     if pinned := [image.pinned for image in images if image.pinned and image.kind == "modelcar"]:
         console.hint(f"gemma-pack deploy {pinned[-1]} --target kserve")
     elif images and not any(image.pinned for image in images):
-        console.hint(f"gemma-pack push {images[-1].layout} REGISTRY/NAME:TAG")
+        console.hint(f"gemma-pack push {shlex.quote(str(images[-1].layout))} REGISTRY/NAME:TAG")
 
 
 def _raise_worst(outcomes: tuple[VariantOutcome, ...], index: Path) -> None:

@@ -173,7 +173,7 @@ def _find(
     from gemma_pack.deploy.image import ServedImage
     from gemma_pack.errors import GateFailedError, GateUndecidedError, GemmaPackError
     from gemma_pack.oci.describe import describe
-    from gemma_pack.oci.examination import examine, require_passing_report
+    from gemma_pack.oci.examination import examine, require_passing_report, require_signature
     from gemma_pack.oci.retry import Retry
     from gemma_pack.oci.source import registry_reference
 
@@ -189,6 +189,8 @@ def _find(
     except GemmaPackError as error:
         if not allow_unvalidated:
             raise
+        if key and not any(one.signed == "verified" for one in evidence):
+            require_signature(evidence, pinned)
         lacking = error.message
         if isinstance(error, (GateFailedError, GateUndecidedError)):
             verdict = "fail" if isinstance(error, GateFailedError) else "undecided"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,7 +78,7 @@ def command(
         if result.base == "none":
             console.warn("without a base, KServe mounts it as oci+native:// or oci+fetch:// only, not as oci://")
         suffix = "-artifact" if layout == "both" and result.kind == "artifact" else ""
-        console.hint(f"gemma-pack push {result.layout} REGISTRY/NAME:TAG{suffix}")
+        console.hint(f"gemma-pack push {shlex.quote(str(result.layout))} REGISTRY/NAME:TAG{suffix}")
 
 
 def _text(result: PackageResult) -> str:

@@ -23,7 +23,7 @@ Examples:
       --push registry.example.com/models/gemma-3-270m --format json""",
 )
 @click.argument("model", envvar="GEMMA_PACK_MODEL")
-@click.option("-r", "--recipe", required=True, help="A shipped recipe or a YAML file.")
+@click.option("-r", "--recipe", required=True, multiple=True, help="A shipped recipe or a YAML file.")
 @click.option("--push", metavar="REF", help="Ask the registry of REF what it has and what it refuses.")
 @click.option("--revision", help="Branch, tag or commit on the hub  [default: what the hub names now]")
 @click.option("--samples", type=click.IntRange(min=1), help="Calibration windows  [default: the recipe's]")
@@ -33,7 +33,7 @@ Examples:
 @with_console
 def command(
     model: str,
-    recipe: str,
+    recipe: tuple[str, ...],
     push: str | None,
     revision: str | None,
     samples: int | None,
@@ -56,12 +56,16 @@ def command(
     from dataclasses import asdict
 
     from gemma_pack.build import CalibrationChoice
-    from gemma_pack.errors import MachineError, RegistryError
+    from gemma_pack.errors import InvalidUsageError, MachineError, RegistryError
     from gemma_pack.planning import make_plan
     from gemma_pack.recipe import load_recipe
     from gemma_pack.sources.outline import outline
 
-    loaded = load_recipe(recipe)
+    if len(recipe) > 1:
+        raise InvalidUsageError(
+            f"a plan is of one recipe, and here are {', '.join(recipe)}", hint="run gemma-pack plan once for each"
+        )
+    loaded = load_recipe(recipe[0])
     choice = CalibrationChoice(samples=samples, sequence_length=sequence_length)
     calibration = choice.applied_to(loaded.calibration) if loaded.calibration else None
     found = outline(model, revision=revision, offline=offline)

@@ -102,10 +102,10 @@ def command(
             if key:
                 raise
             console.warn(f"nothing is attached: {error.message}")
-    if digest_file:
-        write_output(digest_file, result.digest)
     data = {**result.model_dump(), "attached": [one.model_dump() for one in attached]}
     console.result(data, _text(result, attached))
+    if digest_file:
+        write_output(digest_file, result.digest)
     console.hint(_next(result))
 
 

@@ -119,6 +119,7 @@ def command(
     """
     from gemma_pack.acceptance import Access, default_report_directory, is_image, validate_image
     from gemma_pack.build import validate_variant
+    from gemma_pack.errors import InvalidUsageError
     from gemma_pack.oci.signing import load_public_key, load_signing_key
     from gemma_pack.report import report_directory
 
@@ -133,6 +134,11 @@ def command(
         **options,
     }
     if not is_image(variant):
+        if sign_key or verify_key:
+            raise InvalidUsageError(
+                f"{variant} is a directory, whose report nobody signs",
+                hint="gemma-pack push --sign-key signs it with the image; or name an image in a registry here",
+            )
         target = report or report_directory(Path(variant))
         show(validate_variant(Path(variant), target, **settings), target, Path(variant).resolve().name, console)
         return

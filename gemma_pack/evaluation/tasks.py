@@ -71,6 +71,16 @@ class TaskChoice:
     """A directory for the items of both models side by side."""
     offline: bool = False
 
+    def require_known(self) -> None:
+        """Raise InvalidUsageError for a named task that the harness does not have, before anything is measured."""
+        import lm_eval.tasks
+
+        names = [wanted.name for wanted in _wanted(self) if not (wanted.benchmark or Path(wanted.name).is_file())]
+        known = lm_eval.tasks.TaskManager().all_tasks if names else ()
+        for name in names:
+            if name not in known:
+                raise _unknown(name)
+
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
@@ -289,6 +299,12 @@ def _wanted(choice: TaskChoice) -> list[_Wanted]:
     return wanted
 
 
+def _unknown(name: str) -> InvalidUsageError:
+    return InvalidUsageError(
+        f"the harness has no task {name}", hint="lm-eval ls tasks lists them; or give the path of a YAML file"
+    )
+
+
 def _content(name: str) -> str:
     path = Path(name)
     return path.read_text("utf-8") if path.is_file() else ""
@@ -316,10 +332,7 @@ def _load(wanted: _Wanted, *, offline: bool) -> dict[str, Any]:
         with hub_offline() if offline else nullcontext():
             loaded: dict[str, Any] = manager.load([wanted.name])
     except KeyError as error:
-        raise InvalidUsageError(
-            f"the harness has no task {wanted.name}",
-            hint="lm-eval ls tasks lists them; or give the path of a YAML file",
-        ) from error
+        raise _unknown(wanted.name) from error
     except ConnectionError as error:
         raise OfflineError(
             f"the data of {wanted.name} is out of reach and not in the cache",

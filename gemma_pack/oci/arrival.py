@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from abc import ABC, abstractmethod
-from typing import IO, TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Final, Self
 
 from gemma_pack.errors import RegistryError
 
@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gemma_pack.oci.manifest import Descriptor
+
+
+PUT_AGAIN: Final = "push it again; a layout on this machine is removed first, and packaged again"
+"""The remedy for an image whose bytes are not those of its digests."""
 
 
 class Arrival(ABC):

@@ -106,7 +106,7 @@ class CheckedBody:
     def _changed(self) -> RegistryError:
         return RegistryError(
             f"{self._blob.label} has changed since its digest {self.digest or ''} was taken".replace("  ", " "),
-            hint="run the command again when nothing writes to the directory, or package it again",
+            hint="run the command again when nothing writes to the directory; a layout is removed and packaged again",
         )
 
     def _count(self, position: int) -> None:

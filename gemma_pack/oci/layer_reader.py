@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, Literal
 
 from gemma_pack.errors import RegistryError
+from gemma_pack.oci.arrival import PUT_AGAIN
 from gemma_pack.oci.extraction import GZIP_TYPES, Gunzip
 from gemma_pack.oci.manifest import sha256_digest
 from gemma_pack.oci.tar_header import END
@@ -77,7 +78,7 @@ class BlobReader:
         """Return a blob; raise RegistryError where its bytes are not those of its digest."""
         data = self.part(blob, 0, blob.size_bytes)
         if sha256_digest(data) != blob.digest:
-            raise RegistryError(f"{origin} is damaged: its bytes have another digest", hint="push it again")
+            raise RegistryError(f"{origin} is damaged: its bytes have another digest", hint=PUT_AGAIN)
         return data
 
     def _part(self, blob: Descriptor, start: int, end: int) -> bytes:

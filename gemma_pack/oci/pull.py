@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from gemma_pack.checkpoint import Checkpoint
 from gemma_pack.disk import is_ours, publish, refuse_existing, require_makeable, require_space, write_atomic
 from gemma_pack.errors import CheckpointError, InvalidUsageError, RegistryError
+from gemma_pack.oci.arrival import PUT_AGAIN
 from gemma_pack.oci.extraction import LayerExtraction, is_raw, require_known
 from gemma_pack.oci.raw_files import RawExtraction, place_raw, raw_paths
 from gemma_pack.oci.retry import PROGRESS_BYTES, AnswerError, Retry
@@ -259,7 +260,7 @@ def _fetch_layer(source: ImageSource, extraction: Arrival, advance: Callable[[in
             resumed = 0
     raise unfit or RegistryError(
         f"{extraction.title} is damaged: its bytes are not those of {extraction.layer.digest}",
-        hint="push the image again; the registry, or something before it, holds a damaged copy",
+        hint=PUT_AGAIN,
     )
 
 

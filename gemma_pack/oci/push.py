@@ -100,11 +100,13 @@ def push(
     """
     reference = parse_reference(reference) if isinstance(reference, str) else reference
     if is_layout(source) and not base.is_default:
-        raise InvalidUsageError(f"{source} has its base already", hint="leave out --base, or push the checkpoint")
+        raise InvalidUsageError(
+            f"{source} has its base already", hint="leave out --base and --platform, or push the checkpoint"
+        )
     begin_s = time.monotonic()
     retry = (retry or Retry()).telling(reporter.status)
     repositories = [repository_on(reference.host, text) for text in mount_from]
-    upload = _from_layout(Layout.open(source)) if is_layout(source) else _from_plan(_plan(source, base))
+    upload = _from_layout(Layout.open(source), reference) if is_layout(source) else _from_plan(_plan(source, base))
     with ExitStack() as stack:
         connect = partial(RegistryClient, plain_http=plain_http, ca_file=ca_file, retry=retry)
         client = stack.enter_context(connect(reference, writable=True))
@@ -159,7 +161,8 @@ def _plan(directory: Path, base: BaseChoice) -> ImagePlan:
     return plan_image(Checkpoint.open(directory), base)
 
 
-def _from_layout(layout: Layout) -> _Image:
+def _from_layout(layout: Layout, reference: Reference) -> _Image:
+    _require_named(reference, layout.root)  # before the first byte
     manifests = layout.manifests()
     blobs = {blob.digest: blob for _, manifest in manifests for blob in (manifest.config, *manifest.layers)}
     paths = {blob.digest: layout.require_blob(blob) for blob in blobs.values()}
@@ -249,15 +252,19 @@ def _tag(client: RegistryClient, manifests: Sequence[Document]) -> str:
     """Store the manifests, the root last, then name the root by the tag; return the root's digest."""
     root = manifests[-1].descriptor
     reference = client.reference
+    _require_named(reference, root)
+    for manifest in manifests:
+        _store(client, manifest)
+    target = reference.tag or reference.target
+    return root.digest if target == root.digest else client.put_manifest(target, manifests[-1].data, root.media_type)
+
+
+def _require_named(reference: Reference, root: Descriptor) -> None:
     if reference.digest and reference.digest != root.digest:
         raise InvalidUsageError(
             f"{reference} names another image than this one, which is {root.digest}",
             hint="give a tag instead of the digest",
         )
-    for manifest in manifests:
-        _store(client, manifest)
-    target = reference.tag or reference.target
-    return root.digest if target == root.digest else client.put_manifest(target, manifests[-1].data, root.media_type)
 
 
 def _store(client: RegistryClient, manifest: Document) -> None:

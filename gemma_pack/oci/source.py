@@ -6,6 +6,7 @@ meanwhile changes nothing.
 
 from __future__ import annotations
 
+import shlex
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ def registry_reference(text: str) -> Reference:
     if Path(text).exists():
         raise InvalidUsageError(
             f"{text} lies on this machine, and an image in a registry is wanted",
-            hint=f"gemma-pack push {text} REGISTRY/NAME:TAG puts it there",
+            hint=f"gemma-pack push {shlex.quote(text)} REGISTRY/NAME:TAG puts it there",
         )
     return parse_reference(text)
 

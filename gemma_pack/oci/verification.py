@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from gemma_pack.errors import RegistryError
+from gemma_pack.oci.arrival import PUT_AGAIN
 from gemma_pack.oci.manifest import INDEX_TYPES, MANIFEST_TYPES, Index, Manifest
 from gemma_pack.oci.retry import Retry
 from gemma_pack.oci.source import iter_blob, open_source
@@ -50,7 +51,7 @@ class Verification(BaseModel):
         """Raise RegistryError where something is wrong."""
         if self.problems:
             more = f", and {len(self.problems) - 1} more" if len(self.problems) > 1 else ""
-            raise RegistryError(f"{self.name} is not whole: {self.problems[0]}{more}", hint="push it again")
+            raise RegistryError(f"{self.name} is not whole: {self.problems[0]}{more}", hint=PUT_AGAIN)
 
 
 def verify(

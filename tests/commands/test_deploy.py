@@ -193,6 +193,20 @@ def test_with_a_key_only_what_it_signed_counts(pushed: Any, tmp_path: Path, caps
     assert f"# Report signed by: key {key.public.key_id}" in capsys.readouterr().out
 
 
+def test_a_key_that_signed_nothing_is_refused_whatever_else_is_allowed(
+    pushed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = SigningKey(ec.generate_private_key(ec.SECP256R1()))
+    (tmp_path / "other.pub").write_bytes(public_pem(key))
+    arguments = ["deploy", pushed.reference, "--target", "kserve", "--verify-key", str(tmp_path / "other.pub")]
+    assert run([*arguments, "--allow-unvalidated"]) == 1
+    captured = capsys.readouterr()
+    assert "signature of this image by that key" in captured.err
+    assert captured.out == ""
+    attach_report(parse_reference(pushed.pinned), passing_report().model_copy(update={"verdict": "fail"}), key=key)
+    assert run([*arguments, "--allow-unvalidated"]) == 0
+
+
 def test_the_artifact_is_for_rhelai_alone(
     registry: Registry, raw_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

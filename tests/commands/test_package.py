@@ -58,6 +58,15 @@ def test_the_layout_lies_beside_the_directory(
     assert "model.oci was already there" in capsys.readouterr().out
 
 
+def test_the_command_that_comes_next_can_be_copied_whatever_the_name(
+    raw_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = raw_checkpoint("my model")
+    monkeypatch.chdir(directory.parent)
+    assert run(["package", "my model"]) == 0
+    assert "hint: gemma-pack push 'my model.oci' REGISTRY/NAME:TAG" in capsys.readouterr().err
+
+
 def test_json_is_the_result_and_nothing_else(
     raw_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from gemma_pack.record import Metric
 from tests.reports.reports import make_report
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from gemma_pack.report import Report
@@ -99,3 +100,41 @@ def test_the_help_states_the_profiles_as_they_are(capsys: pytest.CaptureFixture[
     found = re.findall(line, capsys.readouterr().out)
     expected = [(p.name, p.windows, p.sequence_length, p.prompts, p.tokens) for p in PROFILES.values()]
     assert found == [(name, *map(str, numbers)) for name, *numbers in expected]
+
+
+@pytest.mark.parametrize("option", ["--sign-key", "--verify-key"])
+def test_a_key_is_of_no_use_for_a_directory(
+    given: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    (tmp_path / "key.pem").touch()
+    assert run(["validate", "variant", option, str(tmp_path / "key.pem")]) == 2
+    assert "variant is a directory, whose report nobody signs" in capsys.readouterr().err
+    assert "target" not in given
+
+
+def test_the_directory_we_are_in_is_validated_into_one_beside_it(
+    given: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "variant").mkdir()
+    monkeypatch.chdir(tmp_path / "variant")
+    assert run(["validate", "."]) == 0
+    assert given["target"] == tmp_path / "variant.report"
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"), [("file", "is a file"), ("model", "is a checkpoint, which a report would become a part of")]
+)
+def test_a_report_that_cannot_be_written_there_is_refused_before_anything_is_read(
+    raw_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, sentence: str
+) -> None:
+    raw_checkpoint("model")
+    (tmp_path / "file").touch()
+    assert run(["validate", str(tmp_path / "nowhere"), "--report", str(tmp_path / name)]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_task_that_is_none_is_refused_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["validate", str(tmp_path / "nowhere"), "--task", "nonesuch"]) == 2
+    assert "the harness has no task nonesuch" in capsys.readouterr().err

@@ -124,8 +124,10 @@ def test_a_push_without_a_tag_is_latest_and_one_by_digest_must_match(
     digest = push(source, f"{faulty.host}/a/b", reporter=QUIET).digest
     assert ("a/b", "latest") in faulty.manifests
     assert push(source, f"{faulty.host}/c/d@{digest}", reporter=QUIET).digest == digest
+    faulty.seen.clear()
     with pytest.raises(InvalidUsageError, match="names another image"):
         push(source, f"{faulty.host}/c/d@sha256:{'0' * 64}", reporter=QUIET)
+    assert faulty.seen == []
 
 
 def test_the_tag_comes_last_and_never_before_the_image_is_whole(faulty: Faulty, random_layout: Callable[..., Path]):

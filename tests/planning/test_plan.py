@@ -274,3 +274,8 @@ def test_it_works_without_torch(hollow: Callable[[str], Path]) -> None:
     ran = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
     assert ran.returncode in (0, 12), ran.stderr
     assert "variant" in ran.stdout
+
+
+def test_two_recipes_are_not_taken_for_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "demo", "-r", "w4a16", "-r", "fp8"]) == 2
+    assert "a plan is of one recipe, and here are w4a16, fp8" in capsys.readouterr().err
