@@ -202,8 +202,13 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 def write_output(path: Path, text: str) -> None:
     """Write `text` to what the user named for output, as `write_atomic` does; with no text, take away what is there.
 
-    A link, a device or a pipe, such as /dev/stdout, is written to and stays what it is.
+    A link, a device or a pipe is written to and stays what it is. What stdout or stderr already goes to, as /dev/stdout
+    does, gets a line more, in its turn.
     """
+    for stream in _own_streams(path):
+        if text:
+            os.write(stream, f"{text}\n".encode())
+        return
     replaceable = not os.path.lexists(path) or (path.is_file() and not path.is_symlink())
     if replaceable and text:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,6 +217,16 @@ def write_output(path: Path, text: str) -> None:
         path.unlink(missing_ok=True)
     elif text or path.is_file():  # opening a pipe and writing nothing would tell its reader that this was all
         path.write_text(text, "utf-8")
+
+
+def _own_streams(path: Path) -> list[int]:
+    """Return the descriptors of stdout and stderr that go to `path`."""
+    found = []
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):  # there is nothing at `path`, or no such stream
+            if os.path.samestat(path.stat(), os.fstat(stream)):
+                found.append(stream)
+    return found
 
 
 def _flush(path: Path) -> None:

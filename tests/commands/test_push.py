@@ -97,6 +97,22 @@ def test_a_digest_file_that_is_a_link_or_a_pipe_stays_one(
     assert pipe.is_fifo()
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_a_digest_for_stdout_comes_in_its_turn(
+    registry: Registry, random_layout: Callable[..., Path], tmp_path: Path, both: bool
+):
+    source = random_layout()
+    command = [sys.executable, "-m", "gemma_pack", "push", str(source), f"{registry.host}/team/gemma:1"]
+    with (tmp_path / "log").open("w") as log:
+        errors = log if both else subprocess.DEVNULL
+        subprocess.run([*command, "--digest-file", "/dev/stdout"], stdout=log, stderr=errors, check=True, timeout=60)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines.count(Layout.open(source).root.digest) == 1
+    assert any(line.startswith("uploaded ") for line in lines)
+    assert any("hint: gemma-pack deploy" in line for line in lines) is both
+    assert "\0" not in (tmp_path / "log").read_text()
+
+
 def test_a_push_that_fails_leaves_no_earlier_digest_behind_a_link(
     faulty: Faulty, random_layout: Callable[..., Path], tmp_path: Path
 ):
