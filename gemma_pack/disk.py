@@ -205,9 +205,9 @@ def write_output(path: Path, text: str) -> None:
     A link, a device or a pipe is written to and stays what it is. What stdout or stderr already goes to, as /dev/stdout
     does, gets a line more, in its turn.
     """
-    for stream in _own_streams(path):
-        if text:
-            os.write(stream, f"{text}\n".encode())
+    own = _own_stream(path)
+    if own is not None:
+        os.write(own, f"{text}\n".encode() if text else b"")
         return
     replaceable = not os.path.lexists(path) or (path.is_file() and not path.is_symlink())
     if replaceable and text:
@@ -219,14 +219,13 @@ def write_output(path: Path, text: str) -> None:
         path.write_text(text, "utf-8")
 
 
-def _own_streams(path: Path) -> list[int]:
-    """Return the descriptors of stdout and stderr that go to `path`."""
-    found = []
+def _own_stream(path: Path) -> int | None:
+    """Return the descriptor of stdout or stderr where it goes to `path`."""
     for stream in (1, 2):
         with contextlib.suppress(OSError):  # there is nothing at `path`, or no such stream
             if os.path.samestat(path.stat(), os.fstat(stream)):
-                found.append(stream)
-    return found
+                return stream
+    return None
 
 
 def _flush(path: Path) -> None:
