@@ -371,7 +371,7 @@ def read_report(path: Path) -> Report:
     try:
         return Report.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
-        raise GemmaPackError(f"there is no {path}", hint=again) from error
+        raise GemmaPackError(f"there is no {path}", hint="gemma-pack validate writes one") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "top level"

@@ -54,7 +54,7 @@ def command(old: Path, new: Path | None, form: str, console: Console) -> None:
         console.result(before, render(before, form, (old if old.is_dir() else old.parent).resolve().stem))
         return
     changes = compare_reports(before, read_report(new))
-    console.result(changes, table(wording.change_rows(changes.changes), header=wording.CHANGE_HEADER))
+    console.result(changes, table(wording.change_rows(changes.changes), header=wording.change_header(changes.changes)))
     if changes.regressed:
         worse = [wording.change_label(change) for change in changes.changes if change.outcome == "regressed"]
         raise GateFailedError(

@@ -160,7 +160,7 @@ def show(report: Report, target: Path, name: str, console: Console, lines: list[
     from gemma_pack.reports import task_table, wording
     from gemma_pack.reports.writing import append_summary
 
-    shown = [table(wording.rows(report.metrics), header=wording.header(report))]
+    shown = [table(wording.narrow_rows(report.metrics), header=wording.header(report))]
     if report.tasks:
         shown.append(table(task_table.short_rows(report.tasks), header=task_table.SHORT_HEADER))
     shown.append("\n".join([*(lines or []), f"{wording.VERDICT_WORDS[report.verdict]}: {target / 'report.html'}"]))

@@ -29,25 +29,25 @@ class Wording:
 
 WORDINGS: Final[dict[str, Wording]] = {
     "noise_kl_nats": Wording("noise floor of KL", 4),
-    "noise_same_top1_percent": Wording("noise floor of same first choice", 2, higher_is_better=True),
-    "noise_kernel_kl_nats": Wording("noise floor of KL, other attention kernel", 4),
+    "noise_same_top1_percent": Wording("noise floor of first choice", 2, higher_is_better=True),
+    "noise_kernel_kl_nats": Wording("noise floor of KL, other kernel", 4),
     "ppl_base": Wording("perplexity of the base", 3),
     "ppl_variant": Wording("perplexity of the variant", 3),
     "ppl_increase_percent": Wording("perplexity increase", 2),
     "ln_ratio_nats": Wording("ln(perplexity ratio)", 4),
-    "nll_nats": Wording("mean -ln p of the variant", 4),
+    "nll_nats": Wording("variant's mean -ln p", 4),
     "bits_per_byte_base": Wording("bits per byte of the base", 4),
     "bits_per_byte_variant": Wording("bits per byte of the variant", 4),
     "kl_nats": Wording("mean KL(base‖variant)", 4),
-    "kl_lower_bound_nats": Wording("KL of the tokens seen, a lower bound", 4),
-    "share_outside_top_k_percent": Wording("probability outside the tokens seen", 1),
+    "kl_lower_bound_nats": Wording("KL of tokens seen, lower bound", 4),
+    "share_outside_top_k_percent": Wording("probability of tokens unseen", 1),
     "kl_p99_nats": Wording("99th percentile of KL", 3),
     "same_top1_percent": Wording("same first choice", 2, higher_is_better=True),
     "delta_p_rms_percent": Wording("RMS Δp of the read token", 2),
     "greedy_identical_percent": Wording("identical greedy answers", 1, higher_is_better=True),
-    "greedy_divergent_percent": Wording("divergent tokens in greedy answers", 1),
-    "repeated_4grams_percent": Wording("repeated 4-grams in the variant's answers", 1),
-    "unended_answers": Wording("answers that only the base ended", 0),
+    "greedy_divergent_percent": Wording("divergent tokens in answers", 1),
+    "repeated_4grams_percent": Wording("repeated 4-grams in answers", 1),
+    "unended_answers": Wording("answers only the base ended", 0),
     "empty_answers": Wording("empty answers", 0),
     "damaged_layers": Wording("damaged layers", 0),
     "altered_tensors": Wording("altered tensors", 0),
@@ -97,6 +97,14 @@ def is_higher_better(metric: Metric) -> bool:
 def rows(metrics: tuple[Metric, ...]) -> list[list[str]]:
     """Return a table's cells: measure, value, bound, margin, verdict."""
     return [[label(m), value(m), bound(m), margin(m), VERDICT_WORDS[m.verdict]] for m in metrics]
+
+
+def narrow_rows(metrics: tuple[Metric, ...]) -> list[list[str]]:
+    """Return the cells of `rows` for a terminal of 80 columns: bound and margin without the unit of the value."""
+    bare = [metric.model_copy(update={"unit": ""}) for metric in metrics]
+    return [
+        [label(m), value(m), bound(b), margin(b), VERDICT_WORDS[m.verdict]] for m, b in zip(metrics, bare, strict=True)
+    ]
 
 
 def reasons(report: Report) -> list[str]:
@@ -169,7 +177,7 @@ def audit_rows(audit: WeightAudit) -> list[list[str]]:
     ]
 
 
-CHANGE_HEADER: Final = ("measure", "old", "new", "difference", "95 % bounds", "noise", "outcome")
+CHANGE_ROWS: Final = ("old", "new", "difference", "95 % from", "95 % to", "noise", "outcome")
 
 
 def change_label(change: Change) -> str:
@@ -178,19 +186,23 @@ def change_label(change: Change) -> str:
     return wording.label if wording else change.name.replace("_", " ")
 
 
+def change_header(changes: tuple[Change, ...]) -> list[str]:
+    """Return the titles of the columns of `change_rows`."""
+    return ["", *map(change_label, changes)]
+
+
 def change_rows(changes: tuple[Change, ...]) -> list[list[str]]:
-    """Return a table's cells: measure, old, new, difference, its bounds, noise, outcome."""
-    return [
+    """Return a table's cells, a column for each measure, so that it fits a terminal of 80 columns."""
+    columns = [
         [
-            change_label(change),
             *(f"{number:.4f} {change.unit}" for number in (change.old, change.new)),
-            f"{change.difference:+.4f} {change.unit}",
-            f"{change.lower:+.4f} to {change.upper:+.4f}",
-            f"{change.noise:.4f}",
+            *(f"{number:+.4f} {change.unit}" for number in (change.difference, change.lower, change.upper)),
+            f"{change.noise:.4f} {change.unit}",
             change.outcome,
         ]
         for change in changes
     ]
+    return [list(cells) for cells in zip(CHANGE_ROWS, *columns, strict=True)]
 
 
 def _relation(metric: Metric) -> str:

@@ -29,6 +29,7 @@ def test_a_regression_exits_10(reports: tuple[str, str], capsys: pytest.CaptureF
     assert run(["report", *reports]) == 10
     captured = capsys.readouterr()
     assert "regressed" in captured.out
+    assert max(map(len, captured.out.splitlines())) <= 80
     assert "mean KL(base‖variant)" in captured.err
 
 
@@ -57,4 +58,4 @@ def test_a_single_report_is_printed(
 
 def test_a_missing_report_exits_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["report", str(tmp_path), str(tmp_path)]) == 1
-    assert "run gemma-pack validate" in capsys.readouterr().err
+    assert "gemma-pack validate writes one" in capsys.readouterr().err
