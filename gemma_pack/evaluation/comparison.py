@@ -1,7 +1,8 @@
 """Compares two validations on the same windows: did a new recipe or library make the variant worse?
 
 Both runs scored the same tokens, so window sums are paired as base and variant are within a run. A change counts when
-its one-sided 95 % bound is beyond the noise floor of both runs: less than that, bf16 does by itself.
+its one-sided 95 % bound is beyond the noise floor of both runs: less than that, bf16 does by itself. So it is with what
+the likelihood of the base differs by between the runs, which another machine or version brings.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def compare_reports(old: Report, new: Report) -> Changes:
     """Return what changed from `old` to `new`.
 
     Raises:
-        InvalidUsageError: they are not of the same windows and the same base, or have too few windows.
+        InvalidUsageError: they are not of the same windows, base and engine, or have too few windows.
     """
     _require_pair(old, new)
     changes = tuple(_change(measure, old, new) for measure in _MEASURES)
@@ -70,6 +71,11 @@ def _require_pair(old: Report, new: Report) -> None:
         names = [" ".join(filter(None, (base.model_id, base.revision))) for base in (old.base, new.base)]
         said = " and ".join(names) if names[0] != names[1] else f"two that are both called {names[0]}"
         raise InvalidUsageError(f"the two reports have different bases: {said}", hint="compare variants of one base")
+    if old.engine.name != new.engine.name:
+        raise InvalidUsageError(
+            f"one report comes from {old.engine.name}, the other from {new.engine.name}, which differ by themselves",
+            hint="validate both with the same --engine",
+        )
     if len(old.windows) < MINIMUM_WINDOWS:
         raise InvalidUsageError(
             f"{len(old.windows)} windows are too few to show a change", hint="validate both with --profile quick"
@@ -89,6 +95,8 @@ def _change(measure: _Measure, old: Report, new: Report) -> Change:
     before, after = (measure.scale * _sums(report, measure.column) for report in (old, new))
     tokens = _sums(new, "tokens")
     noise = max(_noise(measure, report.noise_floor) for report in (old, new))
+    if measure.column == "nll_variant":  # another machine or version moves the base as it moves the variant
+        noise = max(noise, abs(float((_sums(new, "nll_base") - _sums(old, "nll_base")).sum() / tokens.sum())))
     bounds = block_bootstrap(after - before, tokens, seed=new.method.seed)
     up, down = bounds.lower > noise, bounds.upper < -noise
     worse, better = (down, up) if measure.higher_is_better else (up, down)

@@ -75,6 +75,13 @@ def test_a_worse_likelihood_is_a_regression() -> None:
     assert [change.outcome for change in found.changes] == ["no change shown", "regressed", "no change shown"]
 
 
+def test_what_moves_the_base_as_well_is_no_regression() -> None:
+    old, new = run(0.1), run(0.1, nll=0.01)
+    assert compare_reports(old, new).regressed
+    drifted = [w.model_copy(update={"nll_base": w.nll_base + 500 * 0.02}) for w in new.windows]
+    assert not compare_reports(old, new.model_copy(update={"windows": tuple(drifted)})).regressed
+
+
 def test_what_cannot_be_paired_is_refused() -> None:
     report = run(0.1)
     other_text = report.protocol.model_copy(update={"text": text_record().model_copy(update={"sha256": "9" * 64})})
@@ -83,6 +90,9 @@ def test_what_cannot_be_paired_is_refused() -> None:
     other_base = report.base.model_copy(update={"revision": "9" * 40})
     with pytest.raises(InvalidUsageError, match="different bases"):
         compare_reports(report, report.model_copy(update={"base": other_base}))
+    served = report.engine.model_copy(update={"name": "vllm"})
+    with pytest.raises(InvalidUsageError, match="one report comes from transformers, the other from vllm"):
+        compare_reports(report, report.model_copy(update={"engine": served}))
     few = report.model_copy(update={"windows": report.windows[:8]})
     with pytest.raises(InvalidUsageError, match="8 windows are too few"):
         compare_reports(few, few)
