@@ -1,7 +1,7 @@
 """Packaging: a checkpoint directory becomes an OCI layout that holds its modelcar image, or its artifact of raw files.
 
 Each file is read once, two at a time, and hashed while it is written. What is there already is recognized
-by its digest, so the same command twice does nothing the second time.
+by its digest, blob by blob, so the same command twice writes nothing the second time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict
 
 from gemma_pack.checkpoint import Checkpoint
+from gemma_pack.digests import digest_files
 from gemma_pack.disk import refuse_existing, require_space
 from gemma_pack.errors import InvalidUsageError, RegistryError
 from gemma_pack.oci.artifact import ArtifactPlan, plan_artifact
@@ -189,13 +190,19 @@ def _recognize(plan: Plan, target: Path, reporter: Reporter) -> Image:
     if layout.root.digest != image.root.digest:
         raise in_the_way
     try:
-        for descriptor in image.blobs:
-            layout.require_blob(descriptor)
+        blobs = [layout.require_blob(descriptor) for descriptor in image.blobs]
     except RegistryError as error:
-        raise InvalidUsageError(
-            f"{target} holds this image, but damaged: {error.message}", hint="remove it, and run the command again"
-        ) from error
+        raise _damaged(target, error.message) from error
+    for found in digest_files(blobs, f"checking {target.name}", reporter):
+        if found.sha256 != found.path:
+            raise _damaged(target, f"the blob {found.path} has other bytes")
     return image
+
+
+def _damaged(target: Path, what: str) -> InvalidUsageError:
+    return InvalidUsageError(
+        f"{target} holds this image, but damaged: {what}", hint="remove it, and run the command again"
+    )
 
 
 def _may_hold(target: Path, plan: Plan) -> bool:

@@ -134,6 +134,17 @@ def test_a_damaged_layout_is_not_taken_for_the_image(raw_checkpoint: Callable[..
         pack(directory)
 
 
+def test_a_flipped_byte_in_a_layout_is_seen(raw_checkpoint: Callable[..., Path]) -> None:
+    directory = raw_checkpoint()
+    result = pack(directory)
+    blob = result.layout / "blobs/sha256" / result.layers[0].digest.removeprefix("sha256:")
+    data = bytearray(blob.read_bytes())
+    data[700] ^= 1
+    blob.write_bytes(data)
+    with pytest.raises(InvalidUsageError, match=f"damaged: the blob {blob.name} has other bytes"):
+        pack(directory)
+
+
 @pytest.mark.parametrize(
     "block",
     [
