@@ -175,6 +175,14 @@ class Console:
         if error.hint:
             self._say(f"hint: {error.hint}", colour="36")
 
+    def interrupted(self, exit_code: int) -> None:
+        """Say that the user, or a job's timeout, ended the command; as one JSON object with `--format json`."""
+        kept = "finished stages are kept, run the same command again to go on"
+        if self.format == "json":
+            self._say_json({"error": {"message": "interrupted", "hint": kept, "exit_code": exit_code}})
+        else:
+            self.status(f"interrupted; {kept}")
+
     @contextmanager
     def progress(self, label: str, total: float | None, unit: Unit = "steps") -> Iterator[ProgressTask]:
         """Show progress of one long step until the block ends.

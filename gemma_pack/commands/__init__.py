@@ -43,6 +43,9 @@ VERBS: Final[tuple[str, ...]] = (
 )
 """In the order of the work. Each is a module here, with the click command in a variable `command`."""
 
+INTERRUPTED: Final = 130
+"""128 and the number of SIGINT, as shells have it."""
+
 
 class _Verbs(click.Group):
     """A group that imports a command's module when it is listed or run."""
@@ -118,8 +121,8 @@ def run(arguments: list[str]) -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        _console(arguments).status("interrupted; finished stages are kept, run the same command again to go on")
-        return 130
+        _console(arguments).interrupted(INTERRUPTED)
+        return INTERRUPTED
     except Exception as error:
         known = _known_error(error)
         if known is None:

@@ -251,6 +251,14 @@ def test_ctrl_c_is_130_and_says_how_to_go_on(failing: Fail, capsys: pytest.Captu
     assert "interrupted; finished stages are kept, run the same command again to go on" in capsys.readouterr().err
 
 
+def test_a_program_is_told_of_ctrl_c_as_of_any_error(failing: Fail, capsys: pytest.CaptureFixture[str]):
+    failing(KeyboardInterrupt())
+    assert run(["recipes", "--format", "json"]) == 130
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert json.loads(captured.err)["error"]["exit_code"] == 130
+
+
 def test_a_mistake_of_ours_is_not_dressed_up(failing: Fail):
     failing(ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
