@@ -69,10 +69,12 @@ def judge(
     if margin is None:
         return metric
 
-    def beyond(bound: float) -> bool:
-        return bound < margin if higher_is_better else bound > margin
-
-    verdict = "fail" if beyond(good) else "undecided" if beyond(bad) or windows < MINIMUM_WINDOWS else "pass"
+    sign = -1 if higher_is_better else 1
+    enough = windows >= MINIMUM_WINDOWS
+    # asked so that a bound that is no number passes nothing
+    verdict = (
+        "fail" if sign * good > sign * margin else "pass" if enough and sign * bad <= sign * margin else "undecided"
+    )
     return metric.model_copy(update={"margin": margin, "verdict": verdict})
 
 

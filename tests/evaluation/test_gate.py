@@ -48,6 +48,12 @@ def test_too_few_windows_can_fail_a_variant_but_not_pass_it() -> None:
     assert judge(MEASURE, (0.5, 0.4, 0.6), 0.3, 31).verdict == "fail"
 
 
+@pytest.mark.parametrize("higher_is_better", [False, True])
+def test_what_is_no_number_passes_nothing(higher_is_better: bool) -> None:
+    bounds = (math.nan, math.nan, math.nan)
+    assert judge(MEASURE, bounds, 1.0, 32, higher_is_better=higher_is_better).verdict == "undecided"
+
+
 def test_without_a_margin_nothing_is_judged() -> None:
     metric = judge(MEASURE, (0.5, 0.4, 0.6), None, 32)
     assert (metric.verdict, metric.bound, metric.margin) == ("not judged", 0.6, None)
