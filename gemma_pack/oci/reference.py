@@ -16,9 +16,9 @@ from typing import Final
 from gemma_pack.errors import InvalidUsageError
 
 MAX_NAME_LENGTH: Final = 255
+"""Of host and repository together (`NameTotalLengthMax` in reference.go)."""
 MAX_LABEL_LENGTH: Final = 63
 """Of a part of a host's name (RFC 1035, 2.3.4)."""
-"""Of host and repository together (`NameTotalLengthMax` in reference.go)."""
 DEFAULT_TAG: Final = "latest"
 _HUB: Final = "docker.io"
 _HUB_API: Final = "registry-1.docker.io"

@@ -141,6 +141,11 @@ def open_source(
     if isinstance(image, str) and (image.endswith(".oci") or image.startswith(("/", "./", "../"))):
         raise InvalidUsageError(f"there is no OCI layout {image}", hint="gemma-pack package DIR makes one")
     reference = parse_reference(image) if isinstance(image, str) else image
+    if isinstance(image, str) and "/" not in image:  # a misspelt path; Docker Hub's own images hold no models
+        raise InvalidUsageError(
+            f"there is no OCI layout {image} here, and {image} names no registry",
+            hint="gemma-pack package DIR makes a layout; in a registry an image is host[:port]/name[:tag]",
+        )
     with RegistrySource(reference, plain_http=plain_http, ca_file=ca_file, retry=retry) as source:
         yield source
 
