@@ -1,19 +1,16 @@
 """The sums behind two softmaxes and their divergence, in one pass over a block of logits on a CPU.
 
 By operations of torch each sum is a pass over memory of its own, and the exponential one by one is most of the time.
-Here a row of both models' logits is widened, capped, exponentiated and summed while it is in registers; numba makes
-machine code of it for the processor at hand, a second or two of work in the first call.
+Here a row of both models' logits is widened, capped, exponentiated and summed while it is in registers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-import numba
 import numpy as np
-from numba.core import types
-from numba.extending import intrinsic
+
+from gemma_pack.evaluation.machine_code import compiled, exponential, summing, widened
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -25,35 +22,13 @@ if TYPE_CHECKING:
     SoftCaps = tuple[float | None, float | None]
     """Of base and variant."""
 
-Function = TypeVar("Function", bound=Callable[..., object])
-
 SPAN: Final = 512
 """Logits of a row that are summed in float32 before they join the float64 sums."""
 FARTHEST: Final = 40.0
 """How far the highest logit may be from what is subtracted: exp(40) of each of 10^6 tokens is 2e23, of 1e38 in float32,
 and exp(-40) is 4e-18, of 1e-38."""
-_SMALLEST: Final = np.float32(-87)
-"""Whose exponential is still a normal float32; below it is as good as 0."""
 _INFINITE: Final = np.int16(0x7F80)
 """The bits of an infinite bfloat16; those of NaN are higher."""
-_LOG2_E: Final = np.float32(1.44269504)
-_LN2_HIGH: Final = np.float32(0.693359375)
-_LN2_LOW: Final = np.float32(-2.12194440e-4)
-_POLYNOMIAL: Final = tuple(
-    map(np.float32, (1.9875691e-4, 1.3981999e-3, 8.3334519e-3, 4.1665796e-2, 1.6666666e-1, 5.0000001e-1))
-)
-
-
-def _compiled(function: Function) -> Function:
-    """Compile a function of numbers; several threads may run it at once."""
-    compiled: Any = numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
-    return cast("Function", compiled)
-
-
-def _summing(function: Function) -> Function:
-    """Compile a function whose sums may be taken in any order, so that the processor can take many terms at once."""
-    compiled: Any = numba.njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})(function)
-    return cast("Function", compiled)
 
 
 class Sums(NamedTuple):
@@ -91,52 +66,16 @@ def no_sums(read: npt.NDArray[np.int64]) -> Sums:
     )
 
 
-@intrinsic
-def _float32_of(context: Any, bits: Any) -> Any:  # noqa: ANN401 - numba's own
-    """Return the float32 that 32 bits stand for."""
-    del context, bits
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ANN401 - numba's own
-        return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.float32(types.int32), generate
-
-
-_float32 = cast("Callable[[np.int32], np.float32]", _float32_of)
-
-
-@_compiled
-def _widened(bits: np.int16) -> np.float32:
-    """Return a bfloat16, given by its bits: they are the upper half of a float32's."""
-    return _float32(np.int32(bits) << np.int32(16))
-
-
-@_compiled
+@compiled
 def _ordered(bits: np.int16) -> np.int16:
     """Return a bfloat16's bits so that they compare as the numbers do, or such bits as they were."""
     return np.int16(bits ^ ((bits >> np.int16(15)) & np.int16(0x7FFF)))
 
 
-@_compiled
-def exponential(x: np.float32) -> np.float32:
-    """Return exp(x), x from -87 to 88, within 2 units in the last place; below -87 that of -87.
-
-    exp(x) = 2^n exp(r), n the integer next to x / ln 2, exp(r) by the polynomial of Moshier's Cephes library, expf.c.
-    """
-    x = max(x, _SMALLEST)
-    n = np.floor(x * _LOG2_E + np.float32(0.5))
-    r = x - n * _LN2_HIGH - n * _LN2_LOW
-    value = np.float32(0)
-    for coefficient in _POLYNOMIAL:
-        value = value * r + coefficient
-    value = value * r * r + r + np.float32(1)
-    return np.float32(value * _float32((np.int32(n) + np.int32(127)) << np.int32(23)))
-
-
-@_compiled
+@compiled
 def _capped(bits: np.int16, soft_cap: float | None) -> np.float32:
     """Return a logit z after the soft-cap c: c tanh(z / c); c is None where there is none."""
-    z = _widened(bits)
+    z = widened(bits)
     if soft_cap is None:
         return z
     cap = np.float32(soft_cap)
@@ -144,7 +83,7 @@ def _capped(bits: np.int16, soft_cap: float | None) -> np.float32:
     return cap - np.float32(2) * cap / (exponential(doubled) + np.float32(1))
 
 
-@_compiled
+@compiled
 def _highest(logits: Row) -> tuple[np.int16, bool]:
     """Return the bits of the highest of a row of logits, and whether none is NaN or infinite.
 
@@ -158,7 +97,7 @@ def _highest(logits: Row) -> tuple[np.int16, bool]:
     return _ordered(highest), bool(lowest > -_INFINITE - 1 and highest < _INFINITE)
 
 
-@_compiled
+@compiled
 def _look(logits: Row, soft_cap: float | None, begin: int, sums: Sums, at: tuple[int, int]) -> float:
     """Note the highest of a row of logits of the ids from `begin` on; return how far up it leaves the origin.
 
@@ -180,7 +119,7 @@ def _look(logits: Row, soft_cap: float | None, begin: int, sums: Sums, at: tuple
     return distance if distance > FARTHEST else 0.0
 
 
-@_compiled
+@compiled
 def _move(sums: Sums, token: int, up: tuple[float, float]) -> None:
     """Let both models' logits of a token be counted from origins that are higher by `up`, as if they always had been.
 
@@ -193,13 +132,13 @@ def _move(sums: Sums, token: int, up: tuple[float, float]) -> None:
     sums.weighted[token] = np.exp(-up[0]) * sums.weighted[token] + (up[1] - up[0]) * sums.total[token, 0]
 
 
-@_compiled
+@compiled
 def _shifted(bits: np.int16, soft_cap: float | None, origin: np.float32) -> np.float32:
     """Return a logit less its origin, rounded as it is of a model that is compared with itself."""
     return _capped(bits, soft_cap) - origin
 
 
-@_summing
+@summing
 def _add(base: Row, variant: Row, soft_caps: SoftCaps, sums: Sums, token: int) -> None:
     """Add the exponentials of a row of both models' logits."""
     base_origin, variant_origin = np.float32(sums.origin[token, 0]), np.float32(sums.origin[token, 1])
@@ -216,7 +155,7 @@ def _add(base: Row, variant: Row, soft_caps: SoftCaps, sums: Sums, token: int) -
     sums.weighted[token] += weighted
 
 
-@_compiled
+@compiled
 def add_block(soft_caps: SoftCaps, begin: int, base: Block, variant: Block, sums: Sums) -> None:
     """Add a block of logits to the sums.
 

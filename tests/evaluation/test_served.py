@@ -82,7 +82,7 @@ def test_a_server_gives_the_figures_of_this_process(
     assert there.engine.name == "vllm"
     assert there.engine.base == (None if with_base else "transformers")
     assert not (tmp_path / "report.partial").exists()
-    assert "a lower bound" in render_markdown(there, "variant")
+    assert "lower bound" in render_markdown(there, "variant")
     for fake in fakes:
         assert all(body["prompt"][0] == 2 or body["prompt"].count(2) == 0 for body in fake.asked)
         assert max(body["prompt"].count(2) for body in fake.asked) == 1

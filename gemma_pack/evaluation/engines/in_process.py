@@ -182,6 +182,7 @@ def load(directory: Path, role: str, device: str) -> Model:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from gemma_pack import bfloat16
+    from gemma_pack.evaluation.engines import fused_layers
     from gemma_pack.evaluation.engines.activations import round_activations
 
     raw = read_json(directory / "config.json")
@@ -212,6 +213,7 @@ def load(directory: Path, role: str, device: str) -> Model:
         ) from error
     round_activations(module)
     bfloat16.multiply_in_float32(module)
+    fused_layers.fuse(module, module.config.get_text_config().hidden_activation)
     module.eval()
     if isinstance(quantization, dict):
         # Quantized layers may lay their weights out anew in their first pass, which threads must not do at once.
