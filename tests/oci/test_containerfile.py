@@ -104,3 +104,28 @@ def layers_of(layout: Path) -> list[set[tuple[Any, ...]]]:
 def test_the_default_base_is_named_with_its_version() -> None:
     (line,) = [line for line in CONTAINERFILE.read_text().splitlines() if line.startswith("ARG BASE=")]
     assert line.rpartition(":")[2] != "latest"
+
+
+@pytest.mark.skipif(GOARCH not in {"amd64", "arm64"}, reason="the embedded base is for amd64 and arm64")
+def test_the_shards_of_a_variant_are_copied_once(
+    raw_checkpoint: Callable[..., Path],
+    unpack: Callable[[Path, str], dict[str, Any]],
+    container_storage: Any,
+    tmp_path: Path,
+    tool: Callable[[str], str],
+) -> None:
+    """`quantize` names them otherwise than the hub does (`shard_name`)."""
+    from gemma_pack.quantization.shards import shard_name
+
+    directory = raw_checkpoint(shards=12)
+    index = (directory / "model.safetensors.index.json").read_text("utf-8")
+    for number, shard in enumerate(sorted(directory.glob("*.safetensors"))):
+        name = shard_name(("untouched", "quantized")[number % 2], 1 + number // 2)
+        index = index.replace(shard.name, name)
+        shard.rename(directory / name)
+    (directory / "model.safetensors.index.json").write_text(index, "utf-8")
+    built = build(directory, tmp_path / "built", container_storage, tool, "buildah", "--layers=true")
+    ours = package(directory, tmp_path / "ours", reporter=Console("quiet")).layout
+    assert unpack(built, GOARCH) == unpack(ours, GOARCH)
+    named = [name for layer in layers_of(built) for name, *_ in layer if name.endswith(".safetensors")]
+    assert len(named) == len(set(named)) == 12
