@@ -56,3 +56,8 @@ def provenance_warnings(image: ServedImage) -> tuple[str, ...]:
     if image.verdict != "pass":
         return (f"the validation of this variant ended with: {image.verdict}",)
     return ()
+
+
+def is_gemma_4(image: ServedImage) -> bool:
+    """Whether the image takes vLLM 0.19 or later, which Gemma 4 came with."""
+    return str(image.config.get("model_type")).startswith("gemma4")

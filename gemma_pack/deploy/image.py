@@ -66,6 +66,11 @@ class ServedImage:
         return label[:MAX_NAME_LENGTH].rstrip("-")
 
     @property
+    def short_digest(self) -> str:
+        """What tells the images of one repository apart in the name of a directory."""
+        return self.reference.rpartition(":")[2][:12]
+
+    @property
     def weights_bytes(self) -> int:
         """Tensor bytes of the variant; without a record the size of the image, which is little more."""
         quantization = self.record.quantization if self.record else None

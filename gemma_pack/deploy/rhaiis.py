@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from gemma_pack.deploy.bundle import Bundle, BundleFile, provenance_warnings
+from gemma_pack.deploy.bundle import Bundle, BundleFile, is_gemma_4, provenance_warnings
 from gemma_pack.deploy.resources import GIB
 from gemma_pack.deploy.server import curl_command, server_arguments
 from gemma_pack.deploy.templating import render
@@ -51,5 +51,12 @@ def rhaiis_bundle(image: ServedImage, resources: Resources, options: Options) ->
             f"sh {options.file('run.sh')}",
             curl_command(image, name, "http://127.0.0.1:8000"),
         ),
-        warnings=provenance_warnings(image),
+        warnings=(*provenance_warnings(image), *_too_old(image, options)),
     )
+
+
+def _too_old(image: ServedImage, options: Options) -> tuple[str, ...]:
+    """Return a warning where our default server, which has vLLM 0.18, knows no such model."""
+    if options.server_image or not is_gemma_4(image):
+        return ()
+    return (f"{SERVER_IMAGE} has vLLM 0.18, and Gemma 4 came with 0.19: name a later one with --server-image",)

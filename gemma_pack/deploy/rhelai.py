@@ -10,9 +10,9 @@ src/instructlab/cli/model/serve.py (what follows `--` goes to vLLM).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from gemma_pack.deploy.bundle import Bundle, BundleFile, provenance_warnings
+from gemma_pack.deploy.bundle import Bundle, BundleFile, is_gemma_4, provenance_warnings
 from gemma_pack.deploy.server import curl_command, engine_arguments
 from gemma_pack.deploy.templating import render
 
@@ -22,12 +22,17 @@ if TYPE_CHECKING:
     from gemma_pack.deploy.resources import Resources
 
 
+_TOO_OLD: Final = "Gemma 4 takes vLLM 0.19, and ilab's was older when it was last released: choose --target rhaiis"
+
+
 def rhelai_bundle(image: ServedImage, resources: Resources, options: Options) -> Bundle:
     """Return the script that serves `image` with ilab."""
     options.refuse_for("rhelai", "name", "server_image", "storage_scheme", "pull_secret")
     repository, _, digest = image.reference.partition("@")
     obstacle = _obstacle(image)
-    model = repository.rsplit("/", 1)[1]
+    model = repository.rsplit("/", 1)[1]  # where ilab itself puts an artifact, whose digest the script compares
+    if obstacle:
+        model += f"-{image.short_digest}"
     serve = render(
         "rhelai/serve.sh",
         about=image.describe(),
@@ -49,7 +54,7 @@ def rhelai_bundle(image: ServedImage, resources: Resources, options: Options) ->
             f"sh {options.file('serve.sh')}",
             chat if image.answers_chat else curl_command(image, model, "http://127.0.0.1:8000"),
         ),
-        warnings=provenance_warnings(image),
+        warnings=(*provenance_warnings(image), *((_TOO_OLD,) if is_gemma_4(image) else ())),
     )
 
 

@@ -20,11 +20,13 @@ def vllm_bundle(image: ServedImage, resources: Resources, options: Options) -> B
     options.refuse_for("vllm", "server_image", "storage_scheme", "pull_secret")
     image.require_modelcar()
     name = options.name or image.name
+    directory = f"{name}-{image.short_digest}"
     serve = render(
         "vllm/serve.sh",
         about=image.describe(),
         arithmetic=resources.explain(),
         name=name,
+        directory=directory,
         reference=image.reference,
         arguments=["--dtype=bfloat16", *server_arguments(name, resources)],
     )
@@ -32,6 +34,7 @@ def vllm_bundle(image: ServedImage, resources: Resources, options: Options) -> B
         "vllm/generate.py",
         about=image.describe(),
         name=name,
+        directory=directory,
         reference=image.reference,
         max_model_len=resources.max_model_len,
         gpu_memory_utilization=GPU_MEMORY_UTILIZATION,

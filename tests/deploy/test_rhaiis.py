@@ -208,3 +208,12 @@ def test_podman_takes_the_line(
     assert created["HostConfig"]["ShmSize"] == 2 << 30
     [mount] = [mount for mount in created["Mounts"] if mount["Destination"] == "/modelcar"]
     assert (mount["Type"], mount["Source"]) == ("image", weights)
+
+
+def test_a_model_that_the_server_is_too_old_for_is_warned_of(served: Callable[..., ServedImage]) -> None:
+    """Red Hat AI Inference 3.4.0 has vLLM 0.18, Gemma 4 came with 0.19."""
+    config = {"model_type": "gemma4", "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}}
+    image = served(config=config)
+    assert any("--server-image" in warning for warning in bundle_of(image).warnings)
+    assert bundle_of(image, server_image="registry.redhat.io/rhaii/vllm-cuda-rhel9:3.5.1").warnings == ()
+    assert bundle_of(served()).warnings == ()

@@ -149,6 +149,8 @@ def test_what_ilab_cannot_download_gemma_pack_pulls(
         *before, told = finished.stdout.splitlines()
         assert before == pulled
         assert json.loads(told)["files"] == ["config.json"]
+    later = replace(image, reference=image.reference.partition("@")[0] + "@sha256:" + "1" * 64)
+    assert run(bundle_of(later), tmp_path, "nowhere").stdout.startswith(f"pulled {later.reference}\n")
 
 
 def test_options_of_other_targets_are_refused(served: Callable[..., ServedImage]) -> None:

@@ -68,11 +68,21 @@ def test_the_server_starts_on_what_was_pulled(served: Callable[..., ServedImage]
     image = served("gemma-3-27b-it")
     bundle = bundle_of(image, max_model_len=4096, gpu_memory_bytes=40_000_000_000)
     line = (
-        "vllm serve poet --host=127.0.0.1 --port=8000 --dtype=bfloat16 --served-model-name=poet --max-model-len=4096 "
-        "--gpu-memory-utilization=0.9 --tensor-parallel-size=2 HF_HUB_OFFLINE=1"
+        "vllm serve poet-5d5d5d5d5d5d --host=127.0.0.1 --port=8000 --dtype=bfloat16 --served-model-name=poet "
+        "--max-model-len=4096 --gpu-memory-utilization=0.9 --tensor-parallel-size=2 HF_HUB_OFFLINE=1"
     )
     assert run(bundle, "serve.sh").splitlines() == [f"pulled {image.reference}", line]
     assert run(bundle, "serve.sh").splitlines() == [line]  # nothing is pulled twice
+
+
+def test_another_image_of_the_repository_is_another_directory(
+    served: Callable[..., ServedImage], run: Callable[..., str]
+) -> None:
+    first = served()
+    second = served(reference=first.reference.partition("@")[0] + "@sha256:" + "1" * 64)
+    for image in (first, second, first):  # an earlier one must not be served under the name of a later
+        assert f"vllm serve poet-{image.reference[-64:][:12]} " in run(bundle_of(image), "serve.sh")
+    assert f"pulled {second.reference}" not in run(bundle_of(second), "generate.py")  # serve.sh has
 
 
 def test_a_directory_elsewhere_is_served_where_it_is(
@@ -97,8 +107,8 @@ def test_the_script_asks_as_the_model_was_trained(
     lines = run(bundle_of(image, max_model_len=1024), "generate.py").splitlines()
     assert f"pulled {image.reference}" in lines
     assert (
-        "LLM {'model': 'poet', 'dtype': 'bfloat16', 'max_model_len': 1024, 'gpu_memory_utilization': 0.9, "
-        "'tensor_parallel_size': 1}"
+        "LLM {'model': 'poet-5d5d5d5d5d5d', 'dtype': 'bfloat16', 'max_model_len': 1024, 'gpu_memory_utilization': 0.9, "
+        "'tensor_parallel_size': 1, 'max_num_batched_tokens': 8192}"
     ) in lines
     assert f"{asked} {{'temperature': 0, 'max_tokens': 64}}" in lines
     assert "an answer" in lines
