@@ -98,7 +98,9 @@ def _llm_service(image: ServedImage, name: str, resources: Resources, options: O
 
 def _prepull(image: ServedImage, name: str, resources: Resources, options: Options) -> str:
     served = _served(image, name, resources, options)
-    return render("kserve/prepull.yaml", **served, reference=image.reference, pause_image=PAUSE_IMAGE)
+    return render(
+        "kserve/prepull.yaml", **{**served, "labelled_only": True}, reference=image.reference, pause_image=PAUSE_IMAGE
+    )
 
 
 def _smoke(image: ServedImage, name: str) -> str:
@@ -129,6 +131,7 @@ def _served(image: ServedImage, name: str, resources: Resources, options: Option
         "memory_request": _gibibytes(resources.memory_request_bytes),
         "memory_limit": _gibibytes(resources.memory_limit_bytes),
         "gpus": resources.gpus,
+        "labelled_only": False,
         "gpu_memory_mib": math.ceil(resources.gpu_memory_bytes / (1 << 20)),
     }
 

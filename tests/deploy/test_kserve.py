@@ -198,6 +198,12 @@ def test_pods_are_what_the_api_server_takes(served: Callable[..., ServedImage]) 
     assert list(pod.iter_errors(wrong))
 
 
+def node_terms(pod: dict[str, Any]) -> list[dict[str, Any]]:
+    required = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    terms: list[dict[str, Any]] = required["nodeSelectorTerms"]
+    return terms
+
+
 def test_the_prepuller_pulls_what_is_served_where_it_is_served(served: Callable[..., ServedImage]) -> None:
     parsed = objects(bundle_of(served(), pull_secret="registry-key"))
     daemon_set, predictor = parsed["DaemonSet"]["spec"], parsed["InferenceService"]["spec"]["predictor"]
@@ -206,7 +212,9 @@ def test_the_prepuller_pulls_what_is_served_where_it_is_served(served: Callable[
     [pull] = template["spec"]["initContainers"]
     assert predictor["model"]["storageUri"] == f"oci://{pull['image']}"
     assert pull["args"] == ["echo", "pulled"]
-    assert template["spec"]["affinity"] == predictor["affinity"]
+    [labelled] = node_terms(template["spec"])  # a node without a GPU has no such label, and asks for no weights
+    assert labelled == node_terms(predictor)[0]
+    assert {"key": "nvidia.com/gpu.memory", "operator": "Gt", "values": ["4120"]} in labelled["matchExpressions"]
     assert template["spec"]["tolerations"] == predictor["tolerations"]
     assert template["spec"]["imagePullSecrets"] == [{"name": "registry-key"}]
     assert "nvidia.com/gpu" not in str(template["spec"]["containers"])
