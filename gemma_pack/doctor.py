@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from gemma_pack.console import format_bytes
-from gemma_pack.errors import AccessError
+from gemma_pack.errors import AccessError, MachineError
 from gemma_pack.machine import NATIVE_FROM, Gpu, available_memory, find_gpus, written
+from gemma_pack.vllm import find_vllm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -172,6 +173,11 @@ def _recipes(gpus: Sequence[Gpu]) -> list[Finding]:
     findings = [Finding(subject="recipes", state="ok", text=f"served natively here: {', '.join(fine) or 'none'}")]
     for name in (name for name in schemes if name not in fine):
         unpacked = all(gpu.has_bf16 for gpu in gpus)
+        if not all(gpu.serves(schemes[name]) for gpu in gpus):
+            text = "vLLM has no int8 kernel for compute capability 10.0 and later: its server ends with an error"
+            remedy = "choose fp8-dynamic or w4a16 here"
+            findings.append(Finding(subject=f"recipe {name}", state="limited", text=text, remedy=remedy))
+            continue
         text = f"wants compute capability {written(NATIVE_FROM[schemes[name]])}" + (
             "; here vLLM unpacks its weights to bfloat16, which saves memory and no time" if unpacked else ""
         )
@@ -274,21 +280,11 @@ def _tools() -> list[Finding]:
 
 
 def _vllm(environ: Mapping[str, str]) -> Finding:
-    given = environ.get("GEMMA_PACK_VLLM")
-    if given and not Path(given).is_file():
-        remedy = "set GEMMA_PACK_VLLM to the Python of an environment with vLLM, or unset it"
-        text = f"GEMMA_PACK_VLLM names {given}, and it is not there"
-        return Finding(subject="vLLM", state="limited", text=text, remedy=remedy)
-    found = given or shutil.which("vllm")
-    if found:
-        return Finding(subject="vLLM", state="ok", text=f"there, for {VLLM_SERVES}: {found}")
-    return Finding(
-        subject="vLLM",
-        state="limited",
-        text=f"missing, for {VLLM_SERVES}",
-        remedy="install it into an environment of its own: python -m venv vllm && vllm/bin/pip install vllm && "
-        "export GEMMA_PACK_VLLM=$PWD/vllm/bin/python",
-    )
+    try:
+        found = find_vllm(environ)
+    except MachineError as error:  # what serve would say
+        return Finding(subject="vLLM", state="limited", text=f"{error.message}, for {VLLM_SERVES}", remedy=error.hint)
+    return Finding(subject="vLLM", state="ok", text=f"there, for {VLLM_SERVES}: {found}")
 
 
 def _version(name: str) -> str | None:

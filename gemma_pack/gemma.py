@@ -361,16 +361,24 @@ def kv_cache_bytes(
     The sum over layers of 2 · kv_heads · head_dim · bytes · L, in sliding layers · min(L, window + in flight).
 
     A server holds more than the window while it prefills: also the tokens that it has scheduled and not yet settled
-    (vLLM, `SlidingWindowSpec.max_admission_blocks_per_request`); `in_flight_tokens` says how many.
+    (vLLM, `SlidingWindowSpec.max_admission_blocks_per_request`); `in_flight_tokens` says how many. And it keeps layers
+    in groups of one size, and pads what does not fill its group (its `_get_kv_cache_groups_uniform_page_size`).
     """
-    total = 0
-    for layer, kind in enumerate(layer_types(config)):
+    totals = dict.fromkeys(_LAYER_TYPES, 0)
+    kinds = layer_types(config)
+    for layer, kind in enumerate(kinds):
         kept = tokens
         if kind == "sliding_attention":
             kept = min(tokens, decoder_number(config, "sliding_window") + in_flight_tokens)
         heads, dim = (layer_number(config, name, layer) for name in ("num_key_value_heads", "head_dim"))
-        total += 2 * heads * dim * bytes_per_value * kept
-    return total
+        totals[kind] += 2 * heads * dim * bytes_per_value * kept
+    if in_flight_tokens and 0 not in totals.values():
+        fewest, most = sorted(map(kinds.count, _LAYER_TYPES))
+        group = most if 2 * most < 3 * fewest else fewest
+        return sum(
+            total * -(-kinds.count(kind) // group) * group // kinds.count(kind) for kind, total in totals.items()
+        )
+    return sum(totals.values())
 
 
 def is_embedding_or_head(name: str) -> bool:

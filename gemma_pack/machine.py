@@ -13,12 +13,15 @@ from typing import Final
 OLDEST_BF16_GPU: Final = (8, 0)
 """Compute capability of Ampere, NVIDIA's first with bfloat16 (CUDA C++ programming guide, arithmetic instructions)."""
 NATIVE_FROM: Final[dict[str, tuple[int, int]]] = {
-    "W4A16": (8, 0), "W8A16": (8, 0), "W8A8": (8, 0), "FP8": (8, 9), "FP8_DYNAMIC": (8, 9), "FP8_BLOCK": (8, 9),
+    "W4A16": (8, 0), "W8A16": (8, 0), "W8A8": (8, 0), "FP8": (8, 9), "FP8_DYNAMIC": (8, 9), "FP8_BLOCK": (9, 0),
     "NVFP4": (10, 0), "BNB_INT8": (8, 0), "BNB_NF4": (8, 0),
 }  # fmt: skip
 """Compute capability from which a GPU multiplies in the scheme's own numbers. Below it, and from OLDEST_BF16_GPU on,
 vLLM 0.32 still loads FP8 and NVFP4 and unpacks the weights to bfloat16 (`get_min_capability` of its compressed-tensors
 schemes: 75 for all, 89 for FP8 activations); int8 and int4 need less than bfloat16 does."""
+NO_KERNEL_FROM: Final[dict[str, tuple[int, int]]] = {"W8A8": (10, 0)}
+"""Compute capability from which vLLM, 0.32 too, ends with `Int8 not supported on SM100`: its CutlassInt8ScaledMM-
+LinearKernel claims every GPU and has no kernel for Blackwell (vllm#54311)."""
 ANSWER_SECONDS: Final = 10
 
 
@@ -39,7 +42,11 @@ class Gpu:
 
     def runs_natively(self, scheme: str) -> bool:
         """Whether it multiplies in the numbers of the scheme, a recipe's `scheme`."""
-        return self.capability is not None and self.capability >= NATIVE_FROM[scheme]
+        return self.capability is not None and self.capability >= NATIVE_FROM[scheme] and self.serves(scheme)
+
+    def serves(self, scheme: str) -> bool:
+        """Whether vLLM has a kernel for the scheme here."""
+        return self.capability is None or self.capability < NO_KERNEL_FROM.get(scheme, (99, 0))
 
 
 def find_gpus() -> list[Gpu]:
@@ -60,9 +67,19 @@ def available_memory(root: Path = Path("/")) -> int | None:
     group = root / "sys/fs/cgroup"
     try:
         limit = int((group / "memory.max").read_text("utf-8"))
-        return max(0, min(available, limit - int((group / "memory.current").read_text("utf-8"))))
+        used = int((group / "memory.current").read_text("utf-8")) - _file_cache(group)
+        return max(0, min(available, limit - used))
     except (OSError, ValueError):  # no control group, or `max`: no limit
         return available
+
+
+def _file_cache(group: Path) -> int:
+    """Return the bytes of files that a control group holds and gives back when asked, as MemAvailable counts them."""
+    try:
+        lines = dict(line.split() for line in (group / "memory.stat").read_text("utf-8").splitlines())
+        return int(lines["inactive_file"]) + int(lines["active_file"])
+    except (OSError, KeyError, ValueError):
+        return 0
 
 
 def written(capability: tuple[int, int] | None) -> str:

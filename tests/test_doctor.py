@@ -116,6 +116,15 @@ def test_recipes_are_held_against_the_compute_capability(programs: Callable[[str
     assert unpacked is None or "saves memory and no time" in unpacked.text
 
 
+def test_int8_is_not_for_blackwell(programs: Callable[[str, str], None]) -> None:
+    """vLLM 0.32 ends there with `Int8 not supported on SM100` (vllm#54311)."""
+    programs("nvidia-smi", "NVIDIA B200, 183359, 180000, 580.65.06, 10.0")
+    found = look()
+    assert "w8a8" not in found["recipes"].text
+    assert found["recipe w8a8"].state == "limited"
+    assert "no int8 kernel" in found["recipe w8a8"].text
+
+
 def test_every_scheme_has_a_floor() -> None:
     assert {load_recipe(name).scheme for name in shipped_names()} <= set(NATIVE_FROM)
 
@@ -135,7 +144,7 @@ def test_a_machine_without_a_driver_is_asked_no_more(programs: Callable[[str, st
     found = look()
     assert "driver" not in found
     assert not [name for name in found if name.startswith("recipe ")]
-    assert "8.9 for fp8, fp8-block, fp8-dynamic; 10.0 for nvfp4" in found["recipes"].text
+    assert "8.9 for fp8, fp8-dynamic; 9.0 for fp8-block; 10.0 for nvfp4" in found["recipes"].text
     assert "bnb" not in found["recipes"].text  # which vLLM does not load
 
 
@@ -162,6 +171,7 @@ def test_a_cpu_build_of_torch_beside_a_gpu_is_said(
     [
         ("max", "5", 8_000_000 * 1024),
         ("2000000000", "500000000", 1_500_000_000),
+        ("2000000000", "500000000 300000000 100000000", 1_900_000_000),  # of which files, that give way
         ("1000", "2000", 0),
         (None, None, 8_192_000_000),
     ],
@@ -174,7 +184,12 @@ def test_memory_is_what_the_container_leaves(
     if limit is not None and current is not None:
         (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
         (tmp_path / "sys/fs/cgroup/memory.max").write_text(limit, "utf-8")
-        (tmp_path / "sys/fs/cgroup/memory.current").write_text(current, "utf-8")
+        used, *files = current.split()
+        (tmp_path / "sys/fs/cgroup/memory.current").write_text(used, "utf-8")
+        if files:
+            kinds = dict(zip(("inactive_file", "active_file"), files, strict=True))
+            stat = "".join(f"{kind} {size}\n" for kind, size in kinds.items())
+            (tmp_path / "sys/fs/cgroup/memory.stat").write_text(f"anon 7\n{stat}", "utf-8")
     assert available_memory(tmp_path) == available
 
 
@@ -212,6 +227,7 @@ def test_registries_are_named_or_the_login_is_the_remedy() -> None:
 def test_tools_are_looked_for(programs: Callable[[str, str], None], tmp_path: Path) -> None:
     programs("skopeo", "")
     programs("vllm", "")
+    programs("python", "")
     found = look()
     assert found["skopeo"].state == found["vLLM"].state == "ok"
     assert found["podman"].state == found["kubectl"].state == "limited"
