@@ -80,7 +80,7 @@ def find_vllm(environ: Mapping[str, str] = os.environ) -> Path:
     if find_spec("vllm"):
         return Path(sys.executable)
     script = shutil.which("vllm", path=environ.get("PATH"))
-    beside = Path(script).with_name("python") if script else None
+    beside = Path(script).resolve().with_name("python") if script else None  # pipx and uv link the script alone
     if beside and beside.is_file():
         return beside
     raise MachineError(
@@ -136,8 +136,9 @@ def serving(
             start_new_session=True,  # a group of its own: Ctrl-C reaches us alone, and we stop all of it in order
         )  # fmt: skip
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - compared with, not bound
+    shown = f"[{shown}]" if ":" in shown else shown
     try:
-        base_url = f"http://{shown}:{port}"
+        base_url = f"{_scheme(arguments)}://{shown}:{port}"
         _wait_until_healthy(process, base_url, log, start_seconds)
         yield VllmServer(base_url=base_url, log=log, start_seconds=time.monotonic() - started, process=process)
     finally:
@@ -186,6 +187,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _scheme(arguments: Sequence[str]) -> str:
+    """Return what the server speaks; vLLM takes underscores for dashes."""
+    return "https" if any(one.replace("_", "-").startswith("--ssl-certfile") for one in arguments) else "http"
+
+
 def _require_free(host: str, port: int) -> None:
     """Refuse a port that another program listens on: its answers would pass for our server's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -209,7 +215,11 @@ def _wait_until_healthy(
     deadline = None if start_seconds is None else time.monotonic() + start_seconds
     while process.poll() is None:
         try:
-            if httpx.get(f"{base_url}/health", timeout=5, trust_env=False).status_code == httpx.codes.OK:
+            answer = httpx.get(
+                f"{base_url}/health", timeout=5, trust_env=False,
+                verify=False,  # noqa: S501 - our own child, asked for its health alone: any certificate will do
+            )  # fmt: skip
+            if answer.status_code == httpx.codes.OK:
                 return
         except httpx.TransportError:
             pass  # not listening yet

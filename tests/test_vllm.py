@@ -106,6 +106,9 @@ def test_vllm_is_found_by_its_variable_or_beside_its_script(tmp_path: Path, pyth
     (path.parent / "vllm").write_text("#!/bin/sh\n")
     (path.parent / "vllm").chmod(0o755)
     assert find_vllm({"PATH": str(path.parent)}) == path
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "vllm").symlink_to(path.parent / "vllm")  # as pipx and uv tool do
+    assert find_vllm({"PATH": str(tmp_path / "linked")}) == path
     with pytest.raises(MachineError, match="there is no vLLM here"):
         find_vllm({"PATH": str(tmp_path)})
 

@@ -108,6 +108,8 @@ def main() -> None:
     # 2048 tokens of Gemma 3 270M took 2.5 to 7.5 s so, and 12 to 18 s with the default
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cancelled CI job cleans up as Ctrl-C does
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # so does a closed terminal, unless nohup has it ignored
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a Latin-1 terminal shows a ? where it lacks the letter
     sys.exit(run(sys.argv[1:]))

@@ -68,9 +68,9 @@ def command(
     from gemma_pack.reports.card import has_chat_template
     from gemma_pack.vllm import find_vllm, serving
 
-    ours = [option for option in vllm_options if option.partition("=")[0] in OURS]
+    ours = [option for option in vllm_options if option.partition("=")[0].replace("_", "-") in OURS]
     if ours:
-        name = ours[0].partition("=")[0]
+        name = ours[0].partition("=")[0].replace("_", "-")
         raise InvalidUsageError(f"{name} stands behind --, and is ours to say", hint=f"gemma-pack serve {OURS[name]}")
     directory = Path(model)
     if directory.is_dir():

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 VLLM = """\
 #!{python}
-import http.server, json, os, signal, subprocess, sys
+import http.server, json, os, signal, socket, ssl, subprocess, sys
 told = dict(argument.removeprefix("--").partition("=")[::2] for argument in sys.argv[3:])
 print(json.dumps({{"module": sys.argv[1:3], "told": told, "offline": os.environ["HF_HUB_OFFLINE"]}}), flush=True)
 children = []
@@ -42,7 +42,14 @@ class Healthy(http.server.BaseHTTPRequestHandler):
         self.send_response({status})
         self.end_headers()
     def log_message(self, *args): ...
-http.server.HTTPServer((told["host"], int(told["port"])), Healthy).serve_forever()
+class Server(http.server.HTTPServer):
+    address_family = socket.AF_INET6 if ":" in told["host"] else socket.AF_INET
+server = Server((told["host"], int(told["port"])), Healthy)
+if "ssl-certfile" in told:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(told["ssl-certfile"])
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+server.serve_forever()
 """
 
 
@@ -149,6 +156,45 @@ def test_a_second_ctrl_c_kills_what_does_not_end(
     assert not [pid for pid in started if runs(pid)]
 
 
+def test_a_closed_terminal_ends_the_server(
+    raw_checkpoint: Callable[..., Path], vllm: Callable[..., Path], start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = start(str(raw_checkpoint("gemma")), python=vllm())
+    assert process.stdout
+    assert process.stdout.readline().startswith("curl ")
+    started = descendants(process.pid)
+    assert len(started) >= 2
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert not [pid for pid in started if runs(pid)]
+
+
+def test_an_address_of_ipv6_is_written_as_urls_have_it(
+    raw_checkpoint: Callable[..., Path], vllm: Callable[..., Path], start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = start(str(raw_checkpoint("gemma")), "--host", "::1", python=vllm())
+    assert process.stdout
+    assert process.stdout.readline().startswith("curl http://[::1]:")
+    assert interrupt(process)[0] == 0
+
+
+def test_a_server_with_a_certificate_is_asked_by_https(
+    raw_checkpoint: Callable[..., Path],
+    vllm: Callable[..., Path],
+    start: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
+    tool: Callable[[str], str],
+) -> None:
+    pem = tmp_path / "server.pem"
+    subject = ["-nodes", "-days", "2", "-subj", "/CN=localhost", "-newkey", "rsa:2048"]
+    subprocess.run([tool("openssl"), "req", "-x509", *subject, "-keyout", pem, "-out", tmp_path / "crt"], check=True)
+    pem.write_text(pem.read_text("utf-8") + (tmp_path / "crt").read_text("utf-8"), "utf-8")
+    process = start(str(raw_checkpoint("gemma")), "--", f"--ssl-certfile={pem}", python=vllm())
+    assert process.stdout
+    assert process.stdout.readline().startswith("curl https://127.0.0.1:")
+    assert interrupt(process)[0] == 0
+
+
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 
 
@@ -183,7 +229,12 @@ def test_without_vllm_it_says_how_to_get_one(
 
 
 @pytest.mark.parametrize(
-    ("option", "hint"), [("--port=9000", "gemma-pack serve --port PORT"), ("--host", "gemma-pack serve --host ADDRESS")]
+    ("option", "hint"),
+    [
+        ("--port=9000", "gemma-pack serve --port PORT"),
+        ("--host", "gemma-pack serve --host ADDRESS"),
+        ("--served_model_name=x", "gemma-pack serve --name NAME"),
+    ],
 )
 def test_what_is_ours_to_say_is_not_vllms(
     raw_checkpoint: Callable[..., Path], start: Callable[..., subprocess.Popen[str]], option: str, hint: str
@@ -191,7 +242,10 @@ def test_what_is_ours_to_say_is_not_vllms(
     process = start(str(raw_checkpoint("gemma")), "--", "--max-model-len=9", option)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert errors == f"error: {option.partition('=')[0]} stands behind --, and is ours to say\nhint: {hint}\n"
+    assert (
+        errors
+        == f"error: {option.partition('=')[0].replace('_', '-')} stands behind --, and is ours to say\nhint: {hint}\n"
+    )
 
 
 def test_a_port_that_is_taken_is_refused(
