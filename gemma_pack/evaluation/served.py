@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import shutil
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -89,12 +90,15 @@ class Served:
         """Ask nothing yet."""
         self._servers = servers
         self._pair = pair
+        self._probe: list[int] = []
+        self._local: list[Reading] = []
         servers.kept.mkdir(parents=True, exist_ok=True)
 
     def measure(self, ids: Ids, prompts: Sequence[Prompt]) -> Measured:
         """Measure all there is; see `Measuring`."""
-        pair, servers = self._pair, self._servers
+        pair = self._pair
         asked = [prompt.ids for prompt in prompts]
+        self._probe = ids[0].tolist()
         with_answers = max(len(prompt) + pair.answer_tokens for prompt in asked)
         longest = max(ids.shape[1], with_answers, TASK_TOKENS if pair.ask else 0) + 1
         with self._base_reader(longest) as base:
@@ -115,8 +119,6 @@ class Served:
             variant_forced = read_answers(variant, asked, theirs)
             engine = variant.describe()
             scored = pair.ask(variant) if pair.ask else None
-        if not servers.own:
-            self._require_served(ids[0].tolist(), (windows[0], served[0]))
         scores, top_k = compare_readings(windows, served)
         readings = list(zip(base_forced, variant_forced, strict=True))
         return Measured(
@@ -151,8 +153,8 @@ class Served:
             with self._started(self._pair.base, "base", longest) as reader:
                 yield reader
         elif servers.base:
-            with _asked(servers.base, "base", servers.base_model) as reader:
-                yield reader
+            with _asked(servers.base, "base", servers.base_model) as asked, self._same_model(asked):
+                yield asked
         else:
             with self._resident(self._pair.base, "base") as reader:
                 yield reader
@@ -163,7 +165,7 @@ class Served:
             with self._started(self._pair.variant, "variant", longest) as reader:
                 yield reader
         else:
-            with _asked(self._servers.variant, "variant", self._servers.model) as reader:
+            with _asked(self._servers.variant, "variant", self._servers.model) as reader, self._same_model(reader):
                 yield reader
 
     @contextmanager
@@ -184,35 +186,43 @@ class Served:
         pair.reporter.status(f"loading the {role} on {pair.device}")
         yield ResidentReader(load(directory, role, pair.device), pair.describe)
 
-    def _require_served(self, window: list[int], readings: tuple[Reading, Reading]) -> None:
-        """Raise CheckpointError unless the servers read one window as the files here do, each nearer to its own.
+    @contextmanager
+    def _same_model(self, reader: ServerReader) -> Iterator[None]:
+        """Check what serves now before any of it is kept, and again at the end; keep nothing of another model."""
+        self._require_served(reader)
+        yield
+        try:
+            self._require_served(reader)
+        except CheckpointError:
+            shutil.rmtree(self._servers.kept, ignore_errors=True)
+            raise
 
-        `readings` are the base's and the variant's of `window`.
+    def _require_served(self, reader: ServerReader) -> None:
+        """Raise CheckpointError unless the server reads one window as the files here do, nearer to its own.
 
         A name or a path says nothing: a server that serves the base by mistake would pass any gate.
         """
         names = ("base", "variant")
-        local = []
-        for directory, role in zip((self._pair.base, self._pair.variant), names, strict=True):
-            with self._resident(directory, role) as reader:
-                local += reader.read([window], 1)
-        for own, url in ((1, self._servers.variant), (0, self._servers.base)):
-            if url is None:
-                continue
-            other = 1 - own
-            distances = [_distance(readings[own], reading) for reading in local]
-            if distances[own] > STRANGER_NATS:
-                raise CheckpointError(
-                    f"{url} serves another model than this {names[own]}: what it says of a token differs by "
-                    f"{distances[own]:.2f} nats (root mean square)",
-                    hint=f"serve the {names[own]} there, or name it with --served-model",
-                )
-            if distances[own] > distances[other]:
-                raise CheckpointError(
-                    f"{url} should serve the {names[own]}, and what it says is nearer to the {names[other]}: "
-                    f"{distances[other]:.3f} nats of difference, {distances[own]:.3f} to the {names[own]}",
-                    hint=f"serve the {names[own]} there",
-                )
+        if not self._local:
+            for directory, role in zip((self._pair.base, self._pair.variant), names, strict=True):
+                with self._resident(directory, role) as resident:
+                    self._local += resident.read([self._probe], 1)
+        [fresh] = reader.read([self._probe], 1)
+        own = names.index(reader.role)
+        other = 1 - own
+        distances = [_distance(fresh, reading) for reading in self._local]
+        if distances[own] > STRANGER_NATS:
+            raise CheckpointError(
+                f"{reader.url} serves another model than this {names[own]}: what it says of a token differs by "
+                f"{distances[own]:.2f} nats (root mean square)",
+                hint=f"serve the {names[own]} there, or name it with --served-model",
+            )
+        if distances[own] > distances[other]:
+            raise CheckpointError(
+                f"{reader.url} should serve the {names[own]}, and what it says is nearer to the {names[other]}: "
+                f"{distances[other]:.3f} nats of difference, {distances[own]:.3f} to the {names[own]}",
+                hint=f"serve the {names[own]} there",
+            )
 
 
 def _read_windows(reader: Reader, kept: Path, ids: Ids, reporter: Reporter) -> list[Reading]:

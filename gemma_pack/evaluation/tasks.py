@@ -175,7 +175,10 @@ def compare_tasks(
     for wanted in _wanted(choice):
         theirs, ours = base[wanted.label], variant[wanted.label]
         if isinstance(theirs, TaskScores) and isinstance(ours, TaskScores):
-            results += _pair(wanted, theirs, ours, choice.items)
+            found = _pair(wanted, theirs, ours, choice.items)
+            results += found
+            if not found:
+                skipped.append(SkippedTask(label=wanted.label, reason="none of its metrics is a number of each item"))
         else:
             skipped.append(theirs if isinstance(theirs, SkippedTask) else ours)  # type: ignore[arg-type]  # one of them
     return TaskReport(

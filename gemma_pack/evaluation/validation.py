@@ -234,7 +234,8 @@ def _asker(
 
     def ask(reader: Reader) -> dict[str, TaskScores | SkippedTask]:
         files = subject.files if reader.role == "variant" else comparison.base_source.files
-        key = " ".join([reader.describe().name, *(file.sha256 for file in files)])
+        engine = reader.describe()
+        key = " ".join([engine.name, engine.device, *(file.sha256 for file in files)])
         return run_tasks(choice, reader, key=key, directory=comparison.base, reporter=reporter)
 
     return ask

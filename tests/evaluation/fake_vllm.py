@@ -81,7 +81,7 @@ class FakeVllm:
             return 503, {"error": {"message": "the engine\nis busy"}}
         if body["model"] not in self.names:
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
-        return 200, {"object": "text_completion", "model": body["model"], "choices": [self.choice(body)]}
+        return 200, {"object": "text_completion", "model": self.names[0], "choices": [self.choice(body)]}
 
 
 @contextmanager

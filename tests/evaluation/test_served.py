@@ -11,6 +11,8 @@ from gemma_pack.build import EngineChoice, validate_variant
 from gemma_pack.errors import CheckpointError, EngineError, InvalidUsageError, MachineError
 from gemma_pack.evaluation import profiles, served, validation
 from gemma_pack.evaluation.engines import server
+from gemma_pack.evaluation.engines.in_process import load
+from gemma_pack.evaluation.engines.reading import ResidentReader
 from gemma_pack.evaluation.profiles import Profile
 from gemma_pack.reports.markdown import render_markdown
 from tests.evaluation.conftest import noise
@@ -116,7 +118,7 @@ def test_what_was_read_before_a_server_died_is_kept_and_not_read_again(
     variant: Path, serve: Callable[[Path], FakeVllm], run_validation: Callable[..., Report], tmp_path: Path
 ) -> None:
     fake = serve(variant)
-    fake.die_after = 10
+    fake.die_after = 11  # after the window that shows which model is served
     with pytest.raises(EngineError, match="RemoteProtocolError") as caught:
         run_validation(variant, EngineChoice(engine=fake.address))
     assert caught.value.exit_code == 1
@@ -128,6 +130,28 @@ def test_what_was_read_before_a_server_died_is_kept_and_not_read_again(
     assert len(windows) == 26
     assert len(report.windows) == 36
     assert not (tmp_path / "report.partial").exists()
+
+
+def test_a_server_that_begins_to_serve_another_model_passes_nothing(
+    make_variant: Callable[..., Path],
+    trained: Path,
+    serve: Callable[[Path], FakeVllm],
+    run_validation: Callable[..., Report],
+) -> None:
+    variant = make_variant(noise(0.6))
+    fake = serve(variant)
+    right = fake.reader
+    fake.die_after = 3
+    with pytest.raises(EngineError):
+        run_validation(variant, EngineChoice(engine=fake.address))
+    fake.die_after = None
+    fake.reader = ResidentReader(load(trained, "variant", "cpu"), right.describe)
+    with pytest.raises(CheckpointError, match="serves another model than this variant"):
+        run_validation(variant, EngineChoice(engine=fake.address))
+    fake.reader = right  # corrected: what the other model said is not held against it
+    report = run_validation(variant, EngineChoice(engine=fake.address))
+    here = run_validation(variant)
+    assert report.divergence.kl_nats.value == pytest.approx(here.divergence.kl_nats.value, rel=0.1)
 
 
 @pytest.mark.parametrize("absent", ["engine", "base_engine"])

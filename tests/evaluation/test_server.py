@@ -106,6 +106,36 @@ def test_what_is_no_address_is_refused(url: str) -> None:
         ServerReader(url, "variant")
 
 
+@pytest.mark.parametrize("url", ["http://localhost:80a0", "http://[::1"])
+def test_what_cannot_be_read_as_an_address_is_refused(url: str) -> None:
+    with pytest.raises(InvalidUsageError, match="the address of the variant's server is none"):
+        ServerReader(url, "variant")
+
+
+def test_no_login_stands_in_an_address(fake: FakeVllm) -> None:
+    with pytest.raises(InvalidUsageError, match="holds a login, which the report would show") as caught:
+        ServerReader(fake.address.replace("http://", "http://user:sesame@"), "variant")
+    assert "sesame" not in f"{caught.value} {caught.value.hint}"
+
+
+def test_a_key_from_a_file_may_end_its_line(fake: FakeVllm, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.key = "sesame"
+    monkeypatch.setenv("VLLM_API_KEY", "sesame\n")
+    assert connect().served.model == "gemma"
+    monkeypatch.setenv("VLLM_API_KEY", "sésame")
+    with pytest.raises(InvalidUsageError, match="VLLM_API_KEY holds characters that no header can") as caught:
+        connect()
+    assert "same" not in str(caught.value).replace("VLLM_API_KEY", "")
+
+
+def test_of_several_names_of_one_model_the_first_answers(
+    fake: FakeVllm, connect: Connect, evaluation_windows: Windows
+) -> None:
+    fake.names = ["first", "second"]
+    reader = connect(model="second")
+    assert len(reader.read(evaluation_windows.ids[:1].tolist(), 1)) == 1
+
+
 def test_an_address_may_end_in_v1(fake: FakeVllm) -> None:
     with closing(ServerReader(fake.address + "/v1/", "variant")) as reader:
         assert reader.url == fake.address

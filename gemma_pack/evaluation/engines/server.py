@@ -55,6 +55,8 @@ class Served:
     """What a server says that it serves."""
 
     model: str
+    answers_as: str
+    """What its answers call it: of a model's names vLLM gives the first (`OpenAIServingModels.model_name`)."""
     root: str
     """The path or hub id that the server loaded; the same as `model` where it does not say."""
     max_model_len: int
@@ -77,19 +79,15 @@ class ServerReader:
             EngineError: nothing answers there as vLLM does.
             AccessError: the server wants a key.
         """
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InvalidUsageError(
-                f"{url} is no address of a server", hint="give it as http://HOST:PORT, or use --engine vllm"
-            )
+        host = _require_address(url, role)
         self.role = role
         self.url = url.rstrip("/").removesuffix("/v1")
         self._own, self._attempts = own, attempts
-        key = None if own else os.environ.get("VLLM_API_KEY")
+        key = None if own else _key()
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=TIMEOUT,
-            trust_env=parts.hostname not in ("localhost", "127.0.0.1", "::1"),  # a proxy is not on the way to loopback
+            trust_env=host not in ("localhost", "127.0.0.1", "::1"),  # a proxy is not on the way to loopback
             limits=httpx.Limits(max_connections=PARALLEL),
         )
         self._stop = threading.Event()
@@ -172,8 +170,10 @@ class ServerReader:
                 hint="name one of them with --served-model",
             )
         [model] = found
+        same = [one["id"] for one in listed if not one.get("parent") and one.get("root") == model.get("root")]
         return Served(
             model=model["id"],
+            answers_as=model["id"] if model.get("parent") or not same else same[0],
             root=model.get("root") or model["id"],
             max_model_len=int(model.get("max_model_len") or UNLIMITED_TOKENS),
             version=str(self._ask("GET", "/version").get("version", "unknown")),
@@ -187,7 +187,7 @@ class ServerReader:
         choices = answer.get("choices")
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             raise self._stranger("it answers without a choice")
-        if answer.get("model") != self.served.model:
+        if answer.get("model") not in (self.served.model, self.served.answers_as):
             raise EngineError(f"{self.url} answered with {answer.get('model')}, asked for {self.served.model}")
         choice: dict[str, Any] = choices[0]
         if choice.get("prompt_token_ids") not in (None, ids):
@@ -286,3 +286,32 @@ def _said(answer: httpx.Response) -> str:
     except (ValueError, KeyError, TypeError):
         message = answer.text
     return " ".join(str(message).split())[:300]
+
+
+def _require_address(url: str, role: str) -> str:
+    """Return the host in a server's address; raise InvalidUsageError where there is none, or a login."""
+    try:
+        parts = urlsplit(url)
+        httpx.URL(url)
+    except (ValueError, httpx.InvalidURL) as error:
+        raise InvalidUsageError(
+            f"the address of the {role}'s server is none: {error}", hint="give it as http://HOST:PORT"
+        ) from error
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InvalidUsageError(
+            f"{url} is no address of a server", hint="give it as http://HOST:PORT, or use --engine vllm"
+        )
+    if parts.username or parts.password:
+        raise InvalidUsageError(
+            f"the address of the {role}'s server holds a login, which the report would show",
+            hint="put the key into VLLM_API_KEY",
+        )
+    return parts.hostname
+
+
+def _key() -> str:
+    """Return the servers' key; one from a file may have its line's end."""
+    key = os.environ.get("VLLM_API_KEY", "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise InvalidUsageError("VLLM_API_KEY holds characters that no header can", hint="give the key alone")
+    return key
