@@ -17,7 +17,7 @@ from gemma_pack.errors import InvalidUsageError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gemma_pack.chat.conversation import Answer, Conversation
+    from gemma_pack.chat.conversation import Answer, Conversation, Stop
     from gemma_pack.console import Console
 
 PROMPT: Final = "> "
@@ -51,9 +51,11 @@ def converse(conversation: Conversation, console: Console, *, interactive: bool,
         if command.startswith("!"):
             _obey(command, conversation, console)
         else:
-            _answer(conversation, question, console)
+            stopped = _answer(conversation, question, console)
             if interactive:
                 _save(history)
+            elif stopped == "interrupted":  # a job that is cancelled asks no more
+                raise KeyboardInterrupt
 
 
 def describe(answer: Answer) -> str:
@@ -64,7 +66,8 @@ def describe(answer: Answer) -> str:
     return f"{answer.tokens} tokens{first}{rate}{stopped[answer.stopped]}"
 
 
-def _answer(conversation: Conversation, question: str, console: Console) -> None:
+def _answer(conversation: Conversation, question: str, console: Console) -> Stop | None:
+    """Show the answer; return what ended it, None where the question was refused."""
     pieces = conversation.ask(question)
     try:
         for piece in pieces:
@@ -73,12 +76,13 @@ def _answer(conversation: Conversation, question: str, console: Console) -> None
         pieces.close()
     except InvalidUsageError as error:  # of this question; the next may fit
         console.error(error)
-        return
+        return None
     answer = conversation.reply.answer
     console.piece("\n")
     if answer:
         console.line(asdict(answer))
         console.status(f"({describe(answer)})")
+    return answer.stopped if answer else None
 
 
 def _obey(command: str, conversation: Conversation, console: Console) -> None:
@@ -110,6 +114,10 @@ def _read(console: Console, *, interactive: bool) -> str | None:
             console.status("\n!exit or Ctrl-D leaves")
             lines, in_block = [], False
             continue
+        except UnicodeDecodeError as error:
+            raise _not_utf_8() from error
+        if any("\ud800" <= letter <= "\udfff" for letter in line):  # how Python keeps bytes that are no letters
+            raise _not_utf_8()
         if line.strip() == BLOCK:
             if in_block:
                 return "\n".join(lines)
@@ -120,6 +128,10 @@ def _read(console: Console, *, interactive: bool) -> str | None:
             lines.append(line[:-1])
         else:
             return "\n".join([*lines, line])
+
+
+def _not_utf_8() -> InvalidUsageError:
+    return InvalidUsageError("what comes through the pipe is not UTF-8", hint="iconv -t utf-8")
 
 
 def _edit_lines(history: Path | None) -> None:

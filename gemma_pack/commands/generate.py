@@ -73,6 +73,8 @@ def command(
       memory          a variant stays packed; a bf16 base becomes nf4
       memory-extreme  one decoder layer at a time, from host memory or disk
     """
+    if messages and (prompt or system or raw):
+        raise InvalidUsageError("--messages is a whole conversation", hint="leave out PROMPT, --system and --raw")
     opened = open_checkpoint(setup, console)
     text = _prompt(prompt, needed=messages is None and not benchmark)
     turns = _conversation(text, system, messages)
@@ -100,7 +102,10 @@ def command(
 
 def _prompt(prompt: str | None, *, needed: bool) -> str:
     """Return the prompt, with what comes through a pipe appended."""
-    piped = "" if sys.stdin.isatty() else sys.stdin.read()
+    try:
+        piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidUsageError("what comes through the pipe is not UTF-8", hint="iconv -t utf-8") from error
     text = "\n".join(part for part in (prompt, piped.rstrip("\n")) if part)
     if needed and not text:
         raise InvalidUsageError("there is no prompt", hint="pass it as an argument, or through a pipe")
@@ -133,7 +138,7 @@ def _conversation(text: str, system: str | None, path: Path | None) -> list[Mess
 
 def _ids(language: Language, turns: list[Message], text: str, *, raw: bool) -> list[int]:
     if raw or (not language.has_template and len(turns) == 1):
-        return language.continued(text)
+        return language.continued(turns[0].content if len(turns) == 1 else text)
     return language.conversation(turns)
 
 

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -161,6 +162,32 @@ def test_through_a_pipe_only_answers_are_on_stdout(gemma2: Path, environment: di
     assert ran.stdout.splitlines() == ["1:'the weight'", r"2:'a\nb'", r"1:'c\nd'"]
     assert "tokens, the first after" in ran.stderr
     assert not (Path(environment["GEMMA_PACK_CACHE"]) / "questions").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_cancelled_job_asks_no_more(gemma2: Path, environment: dict[str, str], number: int) -> None:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [*CHAT, str(gemma2)], stdin=pipe, stdout=pipe, stderr=pipe, env=environment, text=True
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write("count\nthe next\n")
+        process.stdin.flush()
+        assert process.stdout.read(3) == "<1>"
+        process.send_signal(number)
+        rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the next" not in rest
+    assert "interrupted; finished stages are kept" in errors
+
+
+def test_bytes_that_are_no_letters_are_refused(gemma2: Path, environment: dict[str, str]) -> None:
+    ran = subprocess.run(
+        [*CHAT, str(gemma2)], input=b"caf\xe9\n", env=environment, capture_output=True, check=False, timeout=60
+    )
+    assert ran.returncode == 2
+    assert ran.stderr.decode() == "error: what comes through the pipe is not UTF-8\nhint: iconv -t utf-8\n"
 
 
 @pytest.mark.parametrize("option", ["--silent", "--quiet"])

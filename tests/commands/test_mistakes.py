@@ -88,6 +88,7 @@ pull file.txt -o x                                     | 2 | file.txt is not an 
 pull image.oci -o taken                                | 2 | is in the way
 pull image.oci -o file.txt/x                           | 2 | file.txt is a file
 inspect whole                                          | 2 | whole is not an OCI layout
+generate whole x --messages whole/config.json          | 2 | --messages is a whole conversation
 inspect nosuch                                         | 2 | nosuch names no registry
 inspect ./nosuch                                       | 2 | there is no OCI layout ./nosuch
 inspect HOST/none/none:c                               | 1 | has no image none/none under c
