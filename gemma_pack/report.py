@@ -374,6 +374,8 @@ def read_report(path: Path) -> Report:
         raise GemmaPackError(f"there is no {path}", hint="gemma-pack validate writes one") from error
     except ValidationError as error:
         first = error.errors()[0]
+        if first["loc"] == ("schema_version",):
+            again = "a later gemma-pack wrote it: upgrade this one"
         place = ".".join(map(str, first["loc"])) or "top level"
         raise GemmaPackError(f"{path} is no valid report: {place}: {first['msg']}", hint=again) from error
 

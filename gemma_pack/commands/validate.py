@@ -166,7 +166,10 @@ def show(report: Report, target: Path, name: str, console: Console, lines: list[
     shown.append("\n".join([*(lines or []), f"{wording.VERDICT_WORDS[report.verdict]}: {target / 'report.html'}"]))
     console.result(report, "\n\n".join(shown))
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        append_summary(report, Path(summary), name)
+        try:
+            append_summary(report, Path(summary), name)
+        except OSError as error:  # the verdict stands
+            console.warn(f"the summary of the step cannot be written: {error.strerror} at {summary}")
     raise_verdict(report, target)
 
 
@@ -241,7 +244,8 @@ def raise_verdict(report: Report, target: Path) -> None:
     if report.verdict == "fail":
         raise GateFailedError(f"the variant is worse than its gate allows: {why}", hint=f"see {target / 'report.html'}")
     if report.verdict == "undecided":
+        extend = "--extend or " if report.protocol.first_look_windows is None else ""  # which looks once more, no more
         raise GateUndecidedError(
             f"the evidence is too small for a verdict: {why}",
-            hint="use --extend or --profile full, or a longer text with --text",
+            hint=f"use {extend}--profile full, or a longer text with --text",
         )

@@ -7,6 +7,7 @@ nothing but what was measured. Its snippets are whole programs, in the interface
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,6 +33,14 @@ INFERENCE_SERVER_IMAGE: Final = "registry.redhat.io/rhaii/vllm-cuda-rhel9:3.4.0"
 VLLM_IMAGE: Final = "docker.io/vllm/vllm-openai:v0.30.0"
 """The servers that `deploy` runs too."""
 _TERMS: Final = "https://ai.google.dev/gemma/terms"
+SEEING: Final = frozenset({"gemma3", "gemma4", "gemma4_unified"})
+"""Model types of config.json that take images."""
+HUB_LICENSES: Final = frozenset({
+    "gemma", "apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0",
+    "cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0", "gpl-3.0", "agpl-3.0", "openrail", "unlicense", "unknown",
+})  # fmt: skip
+"""Of those that the hub takes by name (https://huggingface.co/docs/hub/repositories-licenses), what Gemmas come under.
+It refuses a card with another name; that goes under `other`, with a `license_name`."""
 _LANGUAGES: Final = {"gemma2": "en"}
 """Gemma 2's report names English as its language; later members are multilingual."""
 
@@ -88,7 +97,7 @@ class _Model:
 
     @property
     def sees(self) -> bool:
-        return self.model_type == "gemma3"
+        return self.model_type in SEEING
 
     @classmethod
     def read(cls, directory: Path) -> _Model:
@@ -103,13 +112,15 @@ def front_matter(record: Record, model_type: str) -> dict[str, Any]:
     """
     source, quantization, validation = record.source, record.quantization, record.validation
     scheme = quantization.scheme if quantization else "bf16"
-    sees = model_type == "gemma3"
+    sees = model_type in SEEING
     matter: dict[str, Any] = {
         "language": [_LANGUAGES.get(model_type, "multilingual")],
-        "license": source.license,
+        "license": source.license if source.license in HUB_LICENSES else "other",
     }
     if source.license == "gemma":
         matter |= {"license_name": "gemma", "license_link": _TERMS}
+    elif matter["license"] == "other":
+        matter["license_name"] = re.sub(r"[^a-z0-9.]+", "-", source.license.lower()).strip("-")
     if _is_on_hub(record):
         matter |= {"base_model": source.model_id, "base_model_relation": "quantized"}
     matter |= {

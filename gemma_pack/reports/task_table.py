@@ -12,7 +12,7 @@ HEADER: Final = (
     "task", "metric", "shots", "items", "base", "variant", "difference", "95 % bounds", "recovery", "gained, lost",
     "detectable", "published 9B, 27B",
 )  # fmt: skip
-SHORT_HEADER: Final = ("task", "items", "base", "variant", "95 % bounds of the difference", "detectable")
+SHORT_HEADER: Final = ("task", "items", "base", "variant", "difference from, to", "detectable")
 
 
 def rows(tasks: TaskReport) -> list[list[str]]:
@@ -40,7 +40,7 @@ def short_rows(tasks: TaskReport) -> list[list[str]]:
     """Return the cells below `SHORT_HEADER`, which fit a terminal."""
     return [
         [
-            f"{result.label} {metric(result)}",
+            result.label,
             str(result.items),
             number(result, result.base),
             number(result, result.variant),

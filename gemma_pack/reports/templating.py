@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ def template(name: str) -> Template:
     )
     environment.filters["size"] = format_bytes
     environment.filters["cell"] = markdown_cell
+    environment.filters["code"] = markdown_code
     environment.filters["compact"] = compact
     environment.filters["visible"] = visible
     return environment.get_template(name)
@@ -30,7 +33,7 @@ def template(name: str) -> Template:
 
 def visible(text: str) -> str:
     """Return a token with its white space drawn: `␣` and `⏎`."""
-    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return text.replace(" ", "␣").replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥")
 
 
 def compact(number: float) -> str:
@@ -39,5 +42,11 @@ def compact(number: float) -> str:
 
 
 def markdown_cell(text: Any) -> str:  # noqa: ANN401 - whatever a template passes
-    """Return text that stays in its cell of a Markdown table."""
-    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("\n", "⏎").replace("`", "'")
+    """Return text that stays in its cell of a Markdown table, and is shown as it is."""
+    escaped = re.sub(r"[\\|*_\[\]~]", r"\\\g<0>", html.escape(str(text), quote=False))
+    return escaped.replace("\n", "⏎").replace("\r", "␍").replace("`", "'")
+
+
+def markdown_code(text: str) -> str:
+    """Return text between backticks that stays in its cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", "⏎").replace("\r", "␍").replace("`", "'")

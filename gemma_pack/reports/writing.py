@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Final
 
 from gemma_pack.disk import write_atomic
@@ -31,8 +32,13 @@ def append_summary(report: Report, path: Path, name: str) -> None:
     taken = path.stat().st_size if path.exists() else 0
     if taken + len(markdown.encode()) > SUMMARY_BYTES:
         markdown = markdown.partition("\n## ")[0] + "\n"
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(markdown)
+    if taken + len(markdown.encode()) > SUMMARY_BYTES:  # GitHub drops all of a summary that is too long
+        return
+    with path.open("a+b") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            markdown = ("" if stream.read(1) == b"\n" else "\n") + markdown  # an earlier step's last line may be open
+        stream.write(markdown.encode())
 
 
 def render(report: Report, form: str, name: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 from gemma_pack.commands import run
 from gemma_pack.evaluation.profiles import PROFILES
 from gemma_pack.record import Metric
+from gemma_pack.reports.writing import SUMMARY_BYTES
 from tests.reports.reports import make_report
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def test_the_verdict_is_the_exit_code(
     assert run(["validate", "variant"]) == code
     captured = capsys.readouterr()
     assert words in captured.err
-    assert re.search(r"mean KL\(base‖variant\) +0\.0600 nats +≤ 0\.0700 nats +≤ 0\.0500 nats", captured.out)
+    assert re.search(r"mean KL\(base‖variant\) +0\.0600 nats +≤ 0\.0700 +≤ 0\.0500", captured.out)
     assert f"{verdict.upper()}: variant.report/report.html" in captured.out
 
 
@@ -92,6 +93,42 @@ def test_github_gets_a_summary(given: dict[str, object], monkeypatch: pytest.Mon
     given["report"] = with_verdict("fail")
     assert run(["validate", "variant"]) == 10
     assert (tmp_path / "summary.md").read_text().startswith("# FAIL: variant\n")
+
+
+def test_a_summary_that_cannot_be_written_leaves_the_verdict(
+    given: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "not mounted" / "summary.md"))
+    for verdict, code in (("pass", 0), ("fail", 10), ("undecided", 11)):
+        given["report"] = with_verdict(verdict)
+        assert run(["validate", "variant"]) == code
+        assert "the summary of the step cannot be written" in capsys.readouterr().err
+
+
+def test_a_summary_begins_its_own_line_and_stays_within_the_limit(
+    given: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    summary = tmp_path / "summary.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    given["report"] = with_verdict("pass")
+    for before in ("an earlier step", "an earlier step\n"):
+        summary.write_text(before)
+        assert run(["validate", "variant"]) == 0
+        assert summary.read_text().startswith("an earlier step\n# PASS: variant\n")
+    summary.write_text("x" * (SUMMARY_BYTES - 100))
+    assert run(["validate", "variant"]) == 0
+    assert summary.stat().st_size <= SUMMARY_BYTES
+
+
+def test_who_looked_twice_is_not_told_to_look_again(
+    given: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = with_verdict("undecided")
+    given["report"] = report.model_copy(
+        update={"protocol": report.protocol.model_copy(update={"first_look_windows": 32})}
+    )
+    assert run(["validate", "variant"]) == 11
+    assert "hint: use --profile full, or a longer text with --text" in capsys.readouterr().err
 
 
 def test_the_help_states_the_profiles_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

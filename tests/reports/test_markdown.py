@@ -12,7 +12,7 @@ from gemma_pack.record import Metric
 from gemma_pack.report import read_report
 from gemma_pack.reports.html import render_html
 from gemma_pack.reports.markdown import render_markdown, worst_prompts
-from gemma_pack.reports.templating import compact, markdown_cell
+from gemma_pack.reports.templating import compact, markdown_cell, markdown_code
 from gemma_pack.reports.wording import one_line
 from gemma_pack.reports.writing import SUMMARY_BYTES, append_summary, write_reports
 from tests.reports.reports import answer, full_report, make_report
@@ -81,6 +81,8 @@ def test_answers_that_differ_most_come_first_and_empty_ones_before_them() -> Non
 
 def test_a_cell_stays_a_cell() -> None:
     assert markdown_cell("a|b\nc`d\\") == "a\\|b⏎c'd\\\\"
+    assert markdown_cell("<bos> & *x*\r[a]") == "&lt;bos&gt; &amp; \\*x\\*␍\\[a\\]"
+    assert markdown_code("<b>|\\\r\n`") == "<b>\\|\\␍⏎'"
 
 
 @pytest.mark.parametrize(
