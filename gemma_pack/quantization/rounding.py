@@ -42,8 +42,6 @@ def round_group(
     Raises:
         QuantizationError: the inputs are not finite, or the Hessian cannot be factorized.
     """
-    if arguments.strategy == QuantizationStrategy.TENSOR:  # one scale a tensor: rows cannot be stacked with others
-        return [_round(weight.float(), arguments, statistics, recipe) for weight in weights]
     rows = [weight.shape[0] for weight in weights]
     block = arguments.block_structure[0] if arguments.strategy == QuantizationStrategy.BLOCK else 1
     if any(count % block for count in rows):
@@ -52,7 +50,12 @@ def round_group(
         )
     whole = _round(torch.cat(weights).float(), arguments, statistics, recipe)
     parts = torch.split(whole.weight, rows)
-    scales = torch.split(whole.scale, [count // block for count in rows])
+    if arguments.strategy == QuantizationStrategy.TENSOR:
+        # One for all: servers fuse these layers and, where their scales differ, round all but one layer's weights
+        # anew by the largest (vLLM's `requantize_with_max_scale`), which undoes what GPTQ chose.
+        scales: tuple[Tensor, ...] = (whole.scale,) * len(rows)
+    else:
+        scales = torch.split(whole.scale, [count // block for count in rows])
     return [RoundedLinear(part, scale, whole.global_scale) for part, scale in zip(parts, scales, strict=True)]
 
 

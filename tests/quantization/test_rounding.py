@@ -83,6 +83,19 @@ def test_nvfp4_layers_that_a_server_fuses_share_their_global_scale() -> None:
     assert torch.equal(first.global_scale, second.global_scale)
 
 
+@pytest.mark.parametrize("algorithm", ["nearest", "gptq"])
+def test_fp8_layers_that_a_server_fuses_are_not_rounded_anew(algorithm: str) -> None:
+    """vLLM's `requantize_with_max_scale` multiplies each layer by its scale, and divides by the largest of them."""
+    recipe = of_scheme("FP8", algorithm)
+    weights = [random_weight(64, 256), random_weight(64, 256, seed=2) / 10]
+    linears = round_group(weights, arguments(recipe), statistics_of(correlated_inputs(500, 256)), recipe)
+    largest = torch.stack([linear.scale.float() for linear in linears]).max()
+    for linear in linears:
+        codes = (linear.weight / linear.scale.float()).to(torch.float8_e4m3fn)
+        anew = (codes.float() * linear.scale.float() / largest).to(torch.float8_e4m3fn)
+        assert torch.equal(anew.float(), codes.float())
+
+
 def test_codes_and_scales_are_in_the_range_of_the_format() -> None:
     weight = random_weight(32, 128, seed=3)
     linear = round_group([weight], arguments(), statistics_of(correlated_inputs(500, 128)), GPTQ)[0]
