@@ -137,9 +137,9 @@ def load(setup: Setup, opened: Opened, console: Console, *, context: int | None 
 
 def _free_bytes(device: str) -> int | None:
     if device == "cuda":
-        import torch
+        from gemma_pack.gpu_memory import free_gpu_bytes
 
-        return int(torch.cuda.mem_get_info()[0])
+        return free_gpu_bytes()
     from gemma_pack.machine import available_memory
 
     return available_memory()

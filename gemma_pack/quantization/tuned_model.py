@@ -13,6 +13,7 @@ import torch
 
 from gemma_pack.bfloat16 import attention, multiply_in_float32, product
 from gemma_pack.gemma import attention_implementation
+from gemma_pack.gpu_memory import free_gpu_bytes
 from gemma_pack.quantization.memory import refinement_bytes
 from gemma_pack.quantization.packing import unpack_codes
 
@@ -76,7 +77,7 @@ class TunedLinear(torch.nn.Module):
 
 def must_stream(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> bool:
     """Return whether the whole model is too large for a GPU."""
-    return device.type == "cuda" and refinement_bytes(checkpoint, recipe) > torch.cuda.mem_get_info(device)[0]
+    return device.type == "cuda" and refinement_bytes(checkpoint, recipe) > free_gpu_bytes(device)
 
 
 def load_untuned(checkpoint: Checkpoint, device: torch.device, *, streamed: bool) -> Any:  # noqa: ANN401 - a transformers model
@@ -116,6 +117,11 @@ def replace_rounded(
 ) -> dict[str, TunedLinear]:
     """Put a `TunedLinear` in the place of each rounded layer; names are those of the checkpoint's tensors."""
     decoder = model.get_decoder()
+    if streamed:  # a hook holds the weights of its whole layer, of modules that were replaced, too
+        from accelerate.hooks import remove_hook_from_submodules
+
+        for layer in decoder.layers:
+            remove_hook_from_submodules(layer)
     modules = {}
     for path in journal.layers():
         tensors = journal.load(path.stem) or {}
@@ -134,10 +140,7 @@ def replace_rounded(
 
 def _keep_inputs_alone(decoder: Any, device: torch.device) -> None:  # noqa: ANN401 - a transformers decoder
     """Let each layer compute its activations again on the way back; what is left of its weights stays on `device`."""
-    from accelerate.hooks import remove_hook_from_submodules
-
     decoder.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in decoder.layers:
-        remove_hook_from_submodules(layer)
         layer.to(device)
         layer.training = True  # which checkpointing asks for; the modules inside stay as they were

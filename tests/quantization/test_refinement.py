@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -148,7 +150,21 @@ def test_layers_that_stay_in_host_memory_are_tuned_to_the_same_bytes(
 
     def replaced(model: Any, *others: Any, **settings: Any) -> dict[str, TunedLinear]:
         layers.extend(parameter.is_meta for parameter in model.get_decoder().layers.parameters())
-        return original(model, *others, **settings)
+        in_host_memory = [
+            weakref.ref(tensor)
+            for module in model.get_decoder().layers.modules()
+            if getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+            for tensor in module._hf_hook.weights_map.dataset.values()
+            if tensor.dim() == 2
+        ]
+        assert in_host_memory
+        gc.disable()
+        try:
+            made = original(model, *others, **settings)
+            assert not sum(kept() is not None for kept in in_host_memory), "the codes take the weights' place"
+        finally:
+            gc.enable()
+        return made
 
     monkeypatch.setattr(refinement, "replace_rounded", replaced)
     streamed = quantize(refining_job, tmp_path / "streamed", reporter)

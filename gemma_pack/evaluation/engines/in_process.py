@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import io
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gemma_pack.checkpoint import read_json
@@ -19,9 +18,11 @@ from gemma_pack.console import format_bytes
 from gemma_pack.errors import CheckpointError, MachineError, QuantizationError
 from gemma_pack.evaluation.distributions import soft_capped_
 from gemma_pack.gemma import attention_implementation, other_attention, require_bfloat16
+from gemma_pack.machine import available_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     import torch
     from torch import Tensor
@@ -240,18 +241,11 @@ def require_memory(size_bytes: int, device: str) -> None:
 
 def _free_bytes(device: str) -> int | None:
     """Return the free memory of `device`; None where the system does not say."""
-    if device != "cpu":
-        import torch
+    if device == "cpu":
+        return available_memory()
+    from gemma_pack.gpu_memory import free_gpu_bytes
 
-        free, _ = torch.cuda.mem_get_info()
-        return int(free)
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return None
-    for line in meminfo.read_text("ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    return free_gpu_bytes()
 
 
 def _end_tokens(module: Any) -> frozenset[int]:  # noqa: ANN401 - a transformers model
