@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -48,6 +49,8 @@ class HiddenStates:
             self.states = torch.empty(shape, dtype=torch.bfloat16)
         else:
             size = math.prod(shape)
+            with self.file.open("wb") as stream:  # else a disk that fills up later ends the process by a bus error
+                os.posix_fallocate(stream.fileno(), 0, 2 * size)
             self.states = torch.from_file(str(self.file), shared=True, size=size, dtype=torch.bfloat16).view(shape)
         self._ids = ids
         self._arguments: dict[int, dict[str, dict[str, Any]]] = {}
@@ -70,12 +73,14 @@ class HiddenStates:
         return 0
 
     def keep(self, following: int) -> None:
-        """Write the states that enter layer `following`, unless that would take too much of the time.
+        """Write the states that enter layer `following`, unless that would take too much of the time or of the disk.
 
         Several processes would have to agree on what is kept; they keep nothing.
         """
         now = time.monotonic()
         if self.ranks.size > 1 or self._keeping_seconds > _SHARE_FOR_KEEPING * (now - self._kept_at):
+            return
+        if shutil.disk_usage(self.directory).free < 2 * len(self._bytes()):  # the layers still to come need room, too
             return
         earlier = self._kept()
         part = self.directory / "kept.part"
@@ -120,7 +125,7 @@ class HiddenStates:
         Returns:
             For each group the statistics of its input, over the windows of all processes.
         """
-        batches = torch.split(self.states, self.batch)
+        batches = torch.split(self.states, self.batch) if len(self.states) else ()  # more processes than windows
         for windows, tokens, _ in {batch.shape for batch in batches}:
             if windows not in self._arguments:  # asked before there are hooks: the answer takes a pass over padding
                 self._arguments[windows] = self.decoder.layer_arguments(windows, tokens)

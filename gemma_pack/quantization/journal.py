@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import safetensors.torch
 from safetensors import SafetensorError
 
+from gemma_pack import __version__
 from gemma_pack.disk import write_atomic
 from gemma_pack.errors import CheckpointError
 from gemma_pack.safetensors_file import read_header
@@ -27,8 +28,12 @@ if TYPE_CHECKING:
 
 
 def journal_directory(target: Path, identity: Mapping[str, object]) -> Path:
-    """Return where the journal of the run lies that writes `target` from the inputs that `identity` names."""
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    """Return where the journal of the run lies that writes `target` from the inputs that `identity` names.
+
+    Another version of this program may round otherwise, so it does not go on with an earlier one's layers.
+    """
+    shaped_by = {**identity, "gemma-pack": __version__}
+    key = hashlib.sha256(json.dumps(shaped_by, sort_keys=True).encode()).hexdigest()
     return target.parent / f".{target.name}.journal-{key[:16]}"
 
 

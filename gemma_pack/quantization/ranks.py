@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+LONGEST_WAIT: Final = timedelta(days=2)
+"""The others wait while the first downloads, rounds what needs no text, and hashes: torch gives up after ten minutes
+with NCCL. Where a process dies, torchrun ends the others."""
 Windows = TypeVar("Windows", "np.ndarray[Any, Any]", "Tensor")
 
 
@@ -79,7 +83,8 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
                 hint=f"start torchrun with --nproc-per-node {torch.cuda.device_count()}",
             )
         torch.cuda.set_device(local)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=LONGEST_WAIT)
     try:
         yield Ranks(torch.distributed.get_rank(), size)
     finally:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import os
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,6 +11,7 @@ import torch
 
 from gemma_pack.bfloat16 import attention, multiply_in_float32
 from gemma_pack.checkpoint import Checkpoint
+from gemma_pack.quantization import hidden_states
 from gemma_pack.quantization.decoder import Decoder
 from gemma_pack.quantization.hidden_states import HiddenStates
 from gemma_pack.quantization.ranks import Ranks
@@ -59,6 +63,41 @@ def test_statistics_are_of_the_windows_and_of_nothing_else(tiny_checkpoint: Path
     assert int(seen.tokens) == 5 * 80
     inputs = decoder.load_layer(0).input_layernorm(decoder.embed(ids)).flatten(0, 1).float()
     assert torch.allclose(seen.total, inputs.T @ inputs, rtol=0.01, atol=0.01 * float(seen.total.abs().max()))
+
+
+def test_a_process_without_windows_sees_none(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    decoder = Decoder(Checkpoint.open(tiny_checkpoint), torch.device("cpu"))
+    stream = HiddenStates(decoder, np.empty((0, 80), np.int32), tmp_path, Ranks())
+    stream.begin(0)
+    [seen] = stream.advance(0, [["model.layers.0.self_attn.q_proj"]])
+    assert int(seen.tokens) == 0
+
+
+def test_states_are_not_kept_where_the_layers_need_the_room(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = Decoder(Checkpoint.open(tiny_checkpoint), torch.device("cpu"))
+    stream = HiddenStates(decoder, np.full((2, 80), 5, np.int32), tmp_path, Ranks())
+    size_bytes = 2 * stream.states.numel()
+    for free, kept in ((2 * size_bytes - 1, []), (2 * size_bytes, ["kept.1"])):
+        monkeypatch.setattr(hidden_states.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        stream.keep(1)
+        assert [path.name for path in tmp_path.iterdir()] == kept
+
+
+def test_a_disk_without_room_for_the_states_is_found_before_they_are_written(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing to a mapped file on a full disk ends a process by a signal."""
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(hidden_states, "MAX_STATES_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    decoder = Decoder(Checkpoint.open(tiny_checkpoint), torch.device("cpu"))
+    with pytest.raises(OSError, match="No space left"):
+        HiddenStates(decoder, np.full((2, 80), 5, np.int32), tmp_path, Ranks())
 
 
 def test_a_missing_tensor_is_named(tiny_checkpoint: Path) -> None:
