@@ -249,14 +249,19 @@ def _is_manifest(document: Document) -> bool:
 
 
 def _tag(client: RegistryClient, manifests: Sequence[Document]) -> str:
-    """Store the manifests, the root last, then name the root by the tag; return the root's digest."""
+    """Store the manifests, the root last, then name the root by the tag where it is not; return the root's digest."""
     root = manifests[-1].descriptor
     reference = client.reference
     _require_named(reference, root)
     for manifest in manifests:
         _store(client, manifest)
     target = reference.tag or reference.target
-    return root.digest if target == root.digest else client.put_manifest(target, manifests[-1].data, root.media_type)
+    if target == root.digest:
+        return root.digest
+    named = client.find_manifest(target)
+    if named and named.descriptor.digest == root.digest:
+        return root.digest  # where tags are fixed (Harbor, ECR), even the same image under its own tag is refused
+    return client.put_manifest(target, manifests[-1].data, root.media_type)
 
 
 def _require_named(reference: Reference, root: Descriptor) -> None:

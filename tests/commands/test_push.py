@@ -217,3 +217,23 @@ def test_what_comes_next_is_for_an_image_or_an_artifact(
         capsys.readouterr()
         assert run(["push", layout, f"{registry.host}/a/b:1"]) == 0
         assert f"hint: {hint}" in capsys.readouterr().err
+
+
+def test_a_tag_that_is_fixed_may_be_pushed_again_and_gets_what_is_missing(
+    faulty: Faulty,
+    raw_checkpoint: Callable[..., Path],
+    random_layout: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+):
+    """Harbor and ECR refuse a tag that exists, even for the digest that it names."""
+    variant, reference = raw_checkpoint(), f"{faulty.host}/team/gemma:1"
+    Record(source=SourceRecord(kind="directory", model_id="a", files=())).write(variant)
+    assert run(["push", str(variant), reference, "--no-referrers"]) == 0
+    refused = say(412, {}, b'{"errors": [{"code": "PRECONDITION", "message": "the tag is immutable"}]}')
+    faulty.faults = [Fault("PUT", "manifests/1$", refused, times=999)]
+    capsys.readouterr()
+    assert run(["push", str(variant), reference, "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["attached"]
+    other = str(random_layout("other", size_bytes=1000))
+    assert run(["push", other, reference]) == 1
+    assert "the tag is immutable" in capsys.readouterr().err
