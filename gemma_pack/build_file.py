@@ -58,6 +58,15 @@ class PackagePart(_Part):
     base: str = "embedded"
     platforms: tuple[str, ...] = ()
 
+    @field_validator("platforms")
+    @classmethod
+    def _require_platforms(cls, platforms: tuple[str, ...]) -> tuple[str, ...]:
+        from gemma_pack.oci.manifest import Platform
+
+        for text in platforms:
+            Platform.parse(text)
+        return platforms
+
 
 class BuildFile(_Part):
     """What to build from which models by which recipes: a variant for each pair."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from gemma_pack.build_file import BuildFile, ModelPart, ValidationPart
     from gemma_pack.console import Reporter
+    from gemma_pack.oci.base import BaseChoice
     from gemma_pack.oci.package import PackageResult
     from gemma_pack.quantization.variant import Variant
     from gemma_pack.recipe import Recipe
@@ -83,6 +84,28 @@ def wanted_variants(plan: BuildFile) -> tuple[Wanted, ...]:
                 base=base, recipe_name=name, recipe=recipe, directory=directory, repository=repository
             )
     return tuple(wanted.values())
+
+
+def require_stages(plan: BuildFile) -> None:
+    """Check what the later stages are asked for, before hours are spent on the first one.
+
+    Raises:
+        TextError: there is no such text to validate on.
+        InvalidUsageError, RegistryError: the base of the images is none, broken, or lacks a platform.
+    """
+    from gemma_pack.oci.base import require_base
+    from gemma_pack.text_sources import require_text
+
+    require_text(plan.validation.text)
+    if plan.package.layout != "artifact":  # which has no base
+        require_base(_base(plan))
+
+
+def _base(plan: BuildFile) -> BaseChoice:
+    from gemma_pack.oci.base import BaseChoice
+    from gemma_pack.oci.manifest import Platform
+
+    return BaseChoice(plan.package.base, tuple(Platform.parse(text) for text in plan.package.platforms))
 
 
 def build_here(plan: BuildFile, wanted: Sequence[Wanted], means: Means, reporter: Reporter) -> Iterator[VariantOutcome]:
@@ -240,9 +263,10 @@ def _reads_same(report: Report, asked: ValidationPart, directory: Path) -> bool:
 
 
 def _package(plan: BuildFile, directory: Path, reporter: Reporter) -> tuple[BuiltImage, ...]:
-    """Pack the variant in the layouts that the plan asks for."""
-    from gemma_pack.oci.base import BaseChoice
-    from gemma_pack.oci.manifest import Platform
+    """Pack the variant in the layouts that the plan asks for.
+
+    They are the build's own: what an earlier one packed there on another base, or at another SOURCE_DATE_EPOCH, goes.
+    """
     from gemma_pack.oci.package import package
     from gemma_pack.oci.package_pair import package_pair
 
@@ -251,15 +275,15 @@ def _package(plan: BuildFile, directory: Path, reporter: Reporter) -> tuple[Buil
     artifact = directory.with_name(f"{directory.name}.artifact.oci")
     for layout in (modelcar, artifact):
         _discard_stale(layout, directory)
-    base = BaseChoice(asked.base, tuple(Platform.parse(text) for text in asked.platforms))
+    base = _base(plan)
     packed: tuple[PackageResult, ...]
     if asked.layout == "both":
-        pair = package_pair(directory, modelcar, artifact, base=base, reporter=reporter)
+        pair = package_pair(directory, modelcar, artifact, base=base, replace=True, reporter=reporter)
         packed = (pair.modelcar, pair.artifact)
     elif asked.layout == "artifact":
-        packed = (package(directory, artifact, kind="artifact", reporter=reporter),)
+        packed = (package(directory, artifact, kind="artifact", replace=True, reporter=reporter),)
     else:
-        packed = (package(directory, modelcar, base=base, reporter=reporter),)
+        packed = (package(directory, modelcar, base=base, replace=True, reporter=reporter),)
     return tuple(BuiltImage(kind=one.kind, layout=one.layout, digest=one.digest) for one in packed)
 
 

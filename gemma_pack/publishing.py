@@ -70,6 +70,7 @@ def publish(outcome: VariantOutcome, repository: str, registry: Registry, report
 def _push(image: BuiltImage, reference: str, outcome: VariantOutcome, registry: Registry, reporter: Reporter) -> str:
     """Push one image, pull it back, compare every file and attach what is known; return the reference by digest."""
     from gemma_pack.checkpoint import file_sha256
+    from gemma_pack.oci.contents import file_digests
     from gemma_pack.oci.evidence import attach_evidence
     from gemma_pack.oci.pull import pull
     from gemma_pack.oci.push import push
@@ -79,11 +80,11 @@ def _push(image: BuiltImage, reference: str, outcome: VariantOutcome, registry: 
     with tempfile.TemporaryDirectory(prefix=".pulled-", dir=directory.parent) as name:
         copy = Path(name) / directory.name
         pull(pushed.pinned, copy, **registry.network(), reporter=reporter)
-        for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-            twin = copy / path.relative_to(directory)
-            if not twin.is_file() or file_sha256(twin) != file_sha256(path):
+        for file in file_digests(directory, reporter):  # what packaging takes: not .nfs files, nor .DS_Store
+            twin = copy / file.path
+            if not twin.is_file() or file_sha256(twin) != file.sha256:
                 raise RegistryError(
-                    f"{path.name} came back from {reference} with other bytes",
+                    f"{file.path} came back from {reference} with other bytes",
                     hint="push again; the registry lost some",
                 )
     attach_evidence(

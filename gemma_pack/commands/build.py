@@ -87,7 +87,7 @@ def command(
     """
     from gemma_pack.build_file import read_plan
     from gemma_pack.disk import require_makeable
-    from gemma_pack.matrix import Means, wanted_variants
+    from gemma_pack.matrix import Means, require_stages, wanted_variants
     from gemma_pack.oci.signing import load_signing_key
     from gemma_pack.publishing import Registry, publish, require_registries
     from gemma_pack.reports.index_page import INDEX_NAME, write_index
@@ -96,6 +96,7 @@ def command(
     registry = Registry(plain_http=plain_http, ca_file=ca_file, key=key)
     plan = read_plan(targets, _as_fields(said))
     wanted = wanted_variants(plan)
+    require_stages(plan)
     for one in wanted:
         require_makeable(one.directory)
     require_registries(wanted, registry)

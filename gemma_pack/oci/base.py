@@ -29,6 +29,7 @@ from gemma_pack.oci.manifest import (
     parse_json,
     parse_platform,
 )
+from gemma_pack.oci.reference import parse_reference
 from gemma_pack.oci.source import IMAGE_NAME
 
 if TYPE_CHECKING:
@@ -128,6 +129,19 @@ def load_base(choice: BaseChoice) -> tuple[BaseImage, ...]:
     if not platforms:
         return tuple(available)
     return tuple(_pick(available, platform, spec) for platform in platforms)
+
+
+def require_base(choice: BaseChoice) -> None:
+    """Check a base before hours are spent on what lies upon it; one in a registry is fetched later, when it is needed.
+
+    Raises:
+        InvalidUsageError: there is no such base, it lacks a platform, or its reference is misspelt.
+        RegistryError: the layout is broken.
+    """
+    if names_registry(choice.spec) and not (Path(choice.spec) / "oci-layout").is_file():
+        parse_reference(choice.spec)
+    else:
+        load_base(choice)
 
 
 def _embedded() -> tuple[Path, str]:

@@ -6,6 +6,7 @@ by its digest, blob by blob, so the same command twice writes nothing the second
 
 from __future__ import annotations
 
+import shutil
 import threading
 from functools import partial
 from pathlib import Path  # noqa: TC003 - pydantic reads the annotation
@@ -74,6 +75,7 @@ def package(
     *,
     kind: Kind = "modelcar",
     base: BaseChoice = DEFAULT_BASE,
+    replace: bool = False,
     reporter: Reporter,
 ) -> PackageResult:
     """Write the modelcar image, or the artifact, of the checkpoint in `directory` as the OCI layout `target`.
@@ -83,6 +85,7 @@ def package(
         target: appears whole or not at all.
         kind: `modelcar` for what mounts an image, `artifact` for what downloads files.
         base: what lies under the weights; of a modelcar only.
+        replace: a layout of another image makes room for this one.
         reporter: hears of progress.
 
     Raises:
@@ -99,11 +102,14 @@ def package(
             "an artifact of raw files has no base and no platform", hint="leave out --base and --platform"
         )
     plan = plan_artifact(checkpoint) if kind == "artifact" else plan_image(checkpoint, base)
-    already_there = (target / "oci-layout").is_file()
-    image = _recognize(plan, target, reporter) if already_there else _write(plan, target, reporter)
+    is_layout = (target / "oci-layout").is_file()
+    found = _recognize(plan, target, reporter) if is_layout else None
+    if is_layout and found is None:
+        _clear(target, replace=replace)
+    image = found or _write(plan, target, reporter)
     if kind == "artifact":
         warn_for_ilab(image, reporter)
-    return describe_package(plan, image, target, base=base.spec, already_there=already_there)
+    return describe_package(plan, image, target, base=base.spec, already_there=found is not None)
 
 
 def refuse_inside(target: Path, directory: Path) -> None:
@@ -178,17 +184,28 @@ def _write(plan: Plan, target: Path, reporter: Reporter) -> Image:
     return image
 
 
-def _recognize(plan: Plan, target: Path, reporter: Reporter) -> Image:
-    """Return the planned image if `target` holds exactly it; raise InvalidUsageError if it holds anything else."""
-    in_the_way = InvalidUsageError(
-        f"{target} holds another image, and it is in the way", hint="choose another place with -o, or remove it first"
-    )
+def _clear(target: Path, *, replace: bool) -> None:
+    """Remove the layout of another image; raise InvalidUsageError where it may not be replaced."""
+    if not replace:
+        raise InvalidUsageError(
+            f"{target} holds another image, and it is in the way",
+            hint="choose another place with -o, or remove it first",
+        )
+    shutil.rmtree(target)
+
+
+def _recognize(plan: Plan, target: Path, reporter: Reporter) -> Image | None:
+    """Return the planned image if the layout `target` holds exactly it, and None if it holds another one.
+
+    Raises:
+        InvalidUsageError: it holds this image, but damaged.
+    """
     if not _may_hold(target, plan):
-        raise in_the_way
+        return None
     image = plan.assemble(_read_layers(plan, hash_stream, f"comparing with {target.name}", reporter))
     layout = Layout.open(target)
     if layout.root.digest != image.root.digest:
-        raise in_the_way
+        return None
     try:
         blobs = [layout.require_blob(descriptor) for descriptor in image.blobs]
     except RegistryError as error:

@@ -53,6 +53,7 @@ def package_pair(
     artifact_target: Path,
     *,
     base: BaseChoice = DEFAULT_BASE,
+    replace: bool = False,
     reporter: Reporter,
 ) -> PackagedPair:
     """Write modelcar and artifact of the checkpoint in `directory`, each file being read once for both.
@@ -64,6 +65,7 @@ def package_pair(
         modelcar_target: appears whole or not at all.
         artifact_target: the same.
         base: of the modelcar.
+        replace: a layout of another image makes room for the one of these.
         reporter: hears of progress.
 
     Raises:
@@ -71,8 +73,8 @@ def package_pair(
     """
     if any((target / "oci-layout").is_file() for target in (modelcar_target, artifact_target)):
         return PackagedPair(
-            modelcar=package(directory, modelcar_target, base=base, reporter=reporter),
-            artifact=package(directory, artifact_target, kind="artifact", reporter=reporter),
+            modelcar=package(directory, modelcar_target, base=base, replace=replace, reporter=reporter),
+            artifact=package(directory, artifact_target, kind="artifact", replace=replace, reporter=reporter),
         )
     for target in (modelcar_target, artifact_target):
         refuse_inside(target, directory)

@@ -13,6 +13,7 @@ from gemma_pack.build_file import ValidationPart
 from gemma_pack.checkpoint import file_sha256
 from gemma_pack.commands import run
 from gemma_pack.matrix import _answers
+from gemma_pack.oci.layout import Layout
 from gemma_pack.wikitext2 import ORIGIN
 from tests.reports.reports import make_report
 
@@ -278,6 +279,63 @@ def test_what_has_passed_is_pushed_in_both_layouts_pulled_back_and_compared(
             ("sbom", None), ("provenance", None), ("report", "pass"),
         ]  # fmt: skip
     assert run(["deploy", passed["pinned"], "--target", "vllm"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("parts", "code", "message"),
+    [
+        ({"validation": {"text": "nosuch.txt"}}, 1, "nosuch.txt"),
+        ({"validation": {"text": "no such text"}}, 1, "there is no text named no such text"),
+        ({"package": {"platforms": ["amd64"]}}, 2, "package.platforms: 'amd64' is not os/architecture"),
+        ({"package": {"platforms": ["linux/s390x"]}}, 2, "the base embedded has no linux/s390x"),
+        ({"package": {"base": "./nosuch"}}, 2, "./nosuch is no OCI layout"),
+        ({"package": {"base": "registry.invalid/A:1"}}, 2, "registry.invalid/A:1"),
+    ],
+)
+def test_what_a_later_stage_cannot_do_is_said_before_anything_is_made(
+    write_build: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    parts: dict[str, Any],
+    code: int,
+    message: str,
+) -> None:
+    assert run(["build", str(write_build(MARGIN_OF_ANYTHING, **parts))]) == code
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["modelcar", "both"])
+def test_an_image_of_another_date_or_base_makes_room_for_the_one_that_is_asked_for(
+    write_build: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
+    digests: list[str] = []
+    for date, base in (("1000000000", "embedded"), ("1100000000", "embedded"), ("1100000000", "none")):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", date)
+        path = write_build(MARGIN_OF_ANYTHING, package={"layout": layout, "base": base})
+        assert run(["build", str(path), "--format", "json"]) == 0
+        [variant] = json.loads(capsys.readouterr().out)["variants"]
+        for image in variant["images"]:
+            assert Layout.open(Path(image["layout"])).root.digest == image["digest"]
+        digests.append(variant["digest"])
+    assert len(set(digests)) == 3
+
+
+def test_hidden_files_that_no_image_takes_are_not_missed_in_what_comes_back(
+    write_build: Callable[..., Path], registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write_build(MARGIN_OF_ANYTHING))
+    assert run(["build", path]) == 0
+    variant = tmp_path / "out/trained-quantized.r0"
+    (variant / ".d").mkdir()
+    (variant / ".d/y").write_text("y")
+    (variant / ".x").write_text("x")
+    capsys.readouterr()
+    assert run(["build", path, "--push", f"{registry.host}/models/tiny", "--format", "json"]) == 0
+    [one] = json.loads(capsys.readouterr().out)["variants"]
+    assert one["pinned"] == f"{registry.host}/models/tiny@{one['digest']}"
 
 
 @pytest.mark.parametrize(
