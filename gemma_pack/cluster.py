@@ -24,6 +24,7 @@ from gemma_pack.build_file import BuildFile  # noqa: TC001 - pydantic reads the 
 from gemma_pack.console import Console, format_bytes
 from gemma_pack.errors import GemmaPackError, InvalidUsageError, MachineError, OfflineError
 from gemma_pack.matrix import Means, Wanted, finish_variant, quantize_group, wanted_variants
+from gemma_pack.no_proxy import leave_out_ipv6_networks
 from gemma_pack.outcome import VariantOutcome
 
 if TYPE_CHECKING:
@@ -225,7 +226,8 @@ def _with_absolute_paths(plan: BuildFile) -> BuildFile:
 
 def _build_remotely(order_json: str) -> str:
     """Make the variant on a worker, and say so in its log; return how far it came as JSON."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, for the same reason
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # both as the command line does, for the same reasons
+    leave_out_ipv6_networks()
     order = _Order.model_validate_json(order_json)
     plan, here = order.plan, os.uname().nodename
     one = wanted_variants(plan)[order.number]

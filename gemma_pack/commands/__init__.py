@@ -19,6 +19,7 @@ from gemma_pack import __version__
 from gemma_pack.console import Console
 from gemma_pack.disk import cache_error
 from gemma_pack.errors import GemmaPackError, InvalidUsageError, known_error
+from gemma_pack.no_proxy import leave_out_ipv6_networks
 
 VERBS: Final[tuple[str, ...]] = (
     "download",
@@ -62,6 +63,19 @@ class _Verbs(click.Group):
             return None
         command: click.Command = importlib.import_module(f"gemma_pack.commands.{cmd_name}").command
         return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command that was called; keep from click what it would answer by an empty line of its own.
+
+        That line, on stderr, would be no JSON. And what ended of itself was interrupted by nobody.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise click.Abort from error
+        except EOFError as error:
+            reason = str(error) or "something ended before all of it was read"
+            raise GemmaPackError(reason, hint="GEMMA_PACK_DEBUG=1 shows where it happened") from error
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -107,6 +121,7 @@ def main() -> None:
     # torch's threads wait without spinning: with two cores shared by others, as CI often has it, a forward pass of
     # 2048 tokens of Gemma 3 270M took 2.5 to 7.5 s so, and 12 to 18 s with the default
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    leave_out_ipv6_networks()  # before anything makes a client of httpx, the hub's library included
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cancelled CI job cleans up as Ctrl-C does
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # so does a closed terminal, unless nohup has it ignored
         signal.signal(signal.SIGHUP, signal.default_int_handler)

@@ -20,9 +20,9 @@ def trust(ca_file: Path | None) -> ssl.SSLContext:
     A company's own CA is in the system's store, where httpx by itself would not look.
 
     Raises:
-        InvalidUsageError: `ca_file` holds no certificate.
+        InvalidUsageError: `ca_file` holds no certificate, or SSL_CERT_FILE cannot be read.
     """
-    context = httpx.create_ssl_context()
+    context = named_context()
     if not (os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")):
         context.load_default_certs()
     if ca_file is not None:
@@ -33,6 +33,19 @@ def trust(ca_file: Path | None) -> ssl.SSLContext:
                 f"{ca_file} holds no PEM certificates", hint="pass the CA's .pem or .crt"
             ) from error
     return context
+
+
+def named_context() -> ssl.SSLContext:
+    """Trust SSL_CERT_FILE, SSL_CERT_DIR or certifi's roots; raise InvalidUsageError for a file that holds none."""
+    try:
+        return httpx.create_ssl_context()
+    except OSError as error:  # ssl.SSLError is one, and neither names the file
+        if not (named := os.environ.get("SSL_CERT_FILE")):
+            raise
+        reason = "holds no PEM certificates" if isinstance(error, ssl.SSLError) else f"cannot be read: {error.strerror}"
+        raise InvalidUsageError(
+            f"SSL_CERT_FILE {named} {reason}", hint="name a file of PEM certificates, or unset the variable"
+        ) from error
 
 
 def unreachable(url: httpx.URL, error: httpx.TransportError) -> RegistryError | OfflineError:

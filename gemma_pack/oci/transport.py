@@ -25,7 +25,7 @@ from gemma_pack.oci.credentials import find_credentials
 from gemma_pack.oci.manifest import MAX_DOCUMENT_BYTES
 from gemma_pack.oci.reference import is_loopback
 from gemma_pack.oci.retry import TRANSIENT, AnswerError, Patience, Retry
-from gemma_pack.oci.tls import tls_error, trust, unreachable
+from gemma_pack.oci.tls import named_context, tls_error, trust, unreachable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -82,7 +82,7 @@ class Transport:
             timeouts: when silence counts as failure.
 
         Raises:
-            InvalidUsageError: `ca_file` holds no certificate, or a proxy variable no proxy.
+            InvalidUsageError: `ca_file` or SSL_CERT_FILE holds no certificate, or a proxy variable no proxy.
         """
         self.host = reference.host
         self.patience = Patience(retry)
@@ -91,7 +91,7 @@ class Transport:
         self.base = httpx.URL(f"{'http' if plain else 'https'}://{reference.api_host}")
         connect = partial(
             httpx.Client,
-            verify=httpx.create_ssl_context() if plain and ca_file is None else trust(ca_file),
+            verify=named_context() if plain and ca_file is None else trust(ca_file),
             headers={"User-Agent": f"gemma-pack/{__version__}", "Accept-Encoding": "identity"},
             limits=httpx.Limits(max_connections=None),
         )
@@ -102,7 +102,8 @@ class Transport:
         except (ImportError, ValueError, httpx.InvalidURL) as error:  # its text may hold the proxy's password
             raise InvalidUsageError(
                 "a proxy that the environment names cannot be used",
-                hint="HTTPS_PROXY, HTTP_PROXY or ALL_PROXY must be http://host:port; SOCKS is not supported",
+                hint="HTTPS_PROXY, HTTP_PROXY or ALL_PROXY must be http://host:port; SOCKS is not supported; NO_PROXY "
+                "must be hosts with commas between them",
             ) from error
         self._auth = Authenticator(
             self.host,

@@ -17,12 +17,17 @@ import click
 import pytest
 
 from gemma_pack.commands import VERBS, cli, run
+from gemma_pack.console import Console
 from gemma_pack.errors import AccessError, GateFailedError, GemmaPackError
+from gemma_pack.no_proxy import leave_out_ipv6_networks
+from gemma_pack.oci.push import push
 from gemma_pack.recipe import recipe_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from tests.oci.faulty import Faulty
 
     Fail = Callable[[BaseException], None]
 
@@ -256,7 +261,15 @@ def test_a_program_is_told_of_ctrl_c_as_of_any_error(failing: Fail, capsys: pyte
     assert run(["recipes", "--format", "json"]) == 130
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert json.loads(captured.err)["error"]["exit_code"] == 130
+    [line] = captured.err.splitlines()
+    assert json.loads(line)["error"]["exit_code"] == 130
+
+
+def test_an_end_of_what_is_read_is_an_error_and_no_interruption(failing: Fail, capsys: pytest.CaptureFixture[str]):
+    failing(EOFError("read over buffer size"))
+    assert run(["recipes", "--format", "json"]) == 1
+    report = json.loads(capsys.readouterr().err)["error"]
+    assert (report["message"], report["exit_code"]) == ("read over buffer size", 1)
 
 
 def test_a_mistake_of_ours_is_not_dressed_up(failing: Fail):
@@ -329,6 +342,31 @@ def test_bad_input_has_its_exit_code_and_no_traceback():
     assert ran.stderr == "error: there is no recipe named w4a61\nhint: did you mean w4a16?\n"
 
 
+@pytest.mark.parametrize("name", ["NO_PROXY", "no_proxy"])
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("localhost,fd00::/8,.example.com", "localhost,.example.com"),
+        ("fd02::/48, ::1, 10.0.0.0/8,2001:db8::1/64", " ::1, 10.0.0.0/8"),
+        ("fd00::/8", ""),
+        ("http://[fd00::1]:80/x,::1", "http://[fd00::1]:80/x,::1"),
+    ],
+)
+def test_networks_of_ipv6_go_out_of_no_proxy_and_nothing_else_does(
+    monkeypatch: pytest.MonkeyPatch, name: str, said: str, kept: str
+):
+    monkeypatch.setenv(name, said)
+    leave_out_ipv6_networks()
+    assert os.environ[name] == kept
+
+
+@pytest.mark.parametrize("name", ["NO_PROXY", "no_proxy"])
+def test_a_network_of_ipv6_in_no_proxy_stops_no_command(faulty: Faulty, random_layout: Callable[..., Path], name: str):
+    push(random_layout(size_bytes=1000), f"{faulty.host}/team/gemma:1", reporter=Console("quiet"))
+    ran = gemma_pack("inspect", f"{faulty.host}/team/gemma:1", **{name: "localhost,fd00::/8"})
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 def test_a_terminal_that_lacks_a_letter_gets_a_question_mark(tmp_path: Path):
     (tmp_path / "ŵ.yaml").write_text(recipe_text("w4a16"), "utf-8")
     ran = gemma_pack("recipes", "check", str(tmp_path / "ŵ.yaml"), PYTHONIOENCODING="ascii")
@@ -355,15 +393,17 @@ def test_a_reader_that_goes_away_is_no_crash():
     assert "Exception ignored" not in ran.stderr
 
 
+@pytest.mark.parametrize("output_format", ["human", "json"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_cleans_up_and_is_130(number: signal.Signals, tmp_path: Path):
+def test_a_signal_cleans_up_and_is_130(number: signal.Signals, output_format: str, tmp_path: Path):
     work = (
         "import gemma_pack.recipe, time, sys; from pathlib import Path; from gemma_pack.commands import main\n"
         "from gemma_pack.disk import staged_directory\n"
         "def wait():\n"
         "    with staged_directory(Path('target')):\n"
         "        print('ready', flush=True); time.sleep(60)\n"
-        "gemma_pack.recipe.shipped_names = wait; sys.argv = ['gemma-pack', 'recipes']; main()\n"
+        "gemma_pack.recipe.shipped_names = wait\n"
+        f"sys.argv = ['gemma-pack', 'recipes', '--format', '{output_format}']; main()\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", work], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -375,4 +415,6 @@ def test_a_signal_cleans_up_and_is_130(number: signal.Signals, tmp_path: Path):
     assert process.returncode == 130
     assert "interrupted" in shown
     assert "Traceback" not in shown
+    if output_format == "json":
+        assert [json.loads(line)["error"]["exit_code"] for line in shown.splitlines()] == [130]
     assert list(tmp_path.iterdir()) == []

@@ -317,6 +317,19 @@ def test_a_server_without_tls_is_told_from_one_that_is_not_there(faulty: Faulty,
     transport.close()
 
 
+@pytest.mark.parametrize("reference", ["quay.io/a/b", "127.0.0.1:5000/a/b"])
+@pytest.mark.parametrize(("content", "reason"), [("not a certificate", "holds no PEM"), (None, "cannot be read: No")])
+def test_an_ssl_cert_file_that_is_none_is_a_usage_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str, content: str | None, reason: str
+):
+    path = tmp_path / "ca.pem"
+    if content:
+        path.write_text(content)
+    monkeypatch.setenv("SSL_CERT_FILE", str(path))
+    with pytest.raises(InvalidUsageError, match=rf"SSL_CERT_FILE .*ca\.pem {reason}"):
+        Transport(parse_reference(reference))
+
+
 @pytest.mark.parametrize("content", ["not a certificate", None])
 def test_a_ca_file_without_certificates_is_a_usage_error(tmp_path: Path, content: str | None):
     path = tmp_path / "ca.pem"
