@@ -134,9 +134,7 @@ class Console:
     def result(self, data: BaseModel | Mapping[str, Any], text: str) -> None:
         """Print the outcome on stdout: `data` (a pydantic model or a mapping) as JSON, or `text` for people."""
         if self.format == "json":
-            from pydantic_core import to_json  # here, because --help need not wait for it
-
-            text = to_json(data, indent=2, inf_nan_mode="strings").decode()  # JSON has no number for infinity
+            text = _as_json(data)
         print(text.translate(_CONTROL), file=self.stdout, flush=True)
 
     def piece(self, text: str) -> None:
@@ -181,6 +179,8 @@ class Console:
         if self.format == "json":
             self._say_json({"error": {"message": "interrupted", "hint": kept, "exit_code": exit_code}})
         else:
+            if self.format == "human" and self.stderr.isatty():
+                print(file=self.stderr)  # ends the line on which the terminal shows ^C
             self.status(f"interrupted; {kept}")
 
     @contextmanager
@@ -230,6 +230,15 @@ class Console:
 
     def _say_json(self, message: Mapping[str, Any]) -> None:
         self._say(json.dumps(message, ensure_ascii=False))
+
+
+def _as_json(data: BaseModel | Mapping[str, Any]) -> str:
+    from pydantic_core import PydanticSerializationError, to_json, to_jsonable_python  # --help need not wait for it
+
+    try:
+        return to_json(data, indent=2, inf_nan_mode="strings").decode()  # JSON has no number for infinity
+    except PydanticSerializationError:  # a path that is not UTF-8: its odd bytes are written as \udcXX
+        return json.dumps(to_jsonable_python(data), indent=2, ensure_ascii=True)
 
 
 def _bars(stream: TextIO) -> Progress:

@@ -57,6 +57,18 @@ def test_json_holds_the_whole_result(pushed: str, tmp_path: Path, capsys: pytest
     assert captured.err == ""
 
 
+def test_a_place_whose_name_is_not_utf8_is_json_all_the_same(
+    pushed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    target = tmp_path / os.fsdecode(b"bad\xff")
+    for already_there in (False, True):
+        assert run(["pull", pushed, "-o", str(target), "--format", "json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["directory"] == str(target)
+        assert result["already_there"] is already_there
+    assert (target / "config.json").is_file()
+
+
 def test_the_place_can_come_from_a_variable(pushed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("GEMMA_PACK_PULL_OUTPUT", str(tmp_path / "gemma"))
     assert run(["pull", pushed]) == 0
