@@ -25,6 +25,7 @@ WORKFLOW = EXAMPLES / "github-actions.yaml"
 PIPELINE = EXAMPLES / "tekton" / "pipeline.yaml"
 VALUES = {
     "MODEL": "google/gemma-2-9b-it", "RECIPE": "w4a16", "REPOSITORY": "ghcr.io/team/gemma", "RUNNER_TEMP": "keys",
+    "WORK": "variants/google/gemma-2-9b-it/w4a16",
     "PINNED": "ghcr.io/team/gemma@sha256:" + "0" * 64, "params.model": "google/gemma-2-9b-it",
     "KEYS": "keys", "params.recipe": "w4a16", "params.repository": "ghcr.io/team/gemma", "workspaces.keys.path": "keys",
 }  # fmt: skip
@@ -83,7 +84,7 @@ def test_every_call_is_one_that_the_command_line_understands(
         "keys/signing.pem",
         "keys/gemma-pack.pub",
         "gemma-pack.pub",
-        "variant/README.md",
+        "variants/google/gemma-2-9b-it/w4a16/variant/README.md",
         "w4a16/variant/README.md",
     ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +120,35 @@ def test_the_workflow_is_valid_by_githubs_schema(tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text(WORKFLOW.read_text("utf-8").replace("runs-on:", "runs_on:"), "utf-8")
     assert check(broken).returncode != 0
+
+
+def test_the_workflow_goes_on_where_it_stopped() -> None:
+    """What is made lies in a place of the model's and the recipe's own, and the checkout leaves it there."""
+    job = workflow()["jobs"]["variant"]
+    assert job["env"]["WORK"] == "variants/${{ inputs.model }}/${{ matrix.recipe }}"
+    [checkout] = [step for step in job["steps"] if "checkout" in step.get("uses", "")]
+    assert checkout["with"]["clean"] is False
+    work, by_verb = VALUES["WORK"], {call[1]: call for call in workflow_calls()}
+    for verb, option, name in (("quantize", "-o", "variant"), ("validate", "--report", "report"),
+                               ("package", "-o", "image"), ("push", "--report", "report")):  # fmt: skip
+        assert by_verb[verb][by_verb[verb].index(option) + 1] == f"{work}/{name}"
+    for verb, name in (("validate", "variant"), ("package", "variant"), ("push", "image")):
+        assert by_verb[verb][2] == f"{work}/{name}"
+    [kept] = [step for step in job["steps"] if step.get("name") == "Keep the report"]
+    assert kept["with"]["path"] == "${{ env.WORK }}/report"
+
+
+def test_the_workflow_pushes_for_owners_with_capitals(tmp_path: Path) -> None:
+    """A registry takes no capital in a repository's name; GitHub takes them in an owner's."""
+    written = tmp_path / "env"
+    for job in workflow()["jobs"].values():
+        names = [step.get("name") for step in job["steps"]]
+        [step] = [step for step in job["steps"] if "GITHUB_ENV" in step.get("run", "") and "REPOSITORY" in step["run"]]
+        assert step["shell"] == "bash"
+        assert names.index(step["name"]) < names.index("Log in to the registry")
+        environment = {"REPOSITORY": "ghcr.io/Team/Gemma/variant", "GITHUB_ENV": str(written)}
+        subprocess.run(["bash", "-c", step["run"]], env=environment, check=True, timeout=60)
+    assert written.read_text("utf-8") == "REPOSITORY=ghcr.io/team/gemma/variant\n" * 2
 
 
 def test_the_workflow_is_safe_to_copy() -> None:
