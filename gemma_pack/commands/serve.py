@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -90,6 +91,8 @@ def command(
         console.status(f"starting vLLM on {directory}; its log: {log}")
         with serving(python, directory, arguments, host=host, port=port, log=log) as server:
             call = curl_of(called, server.base_url, chat=chat)
+            if os.environ.get("VLLM_API_KEY"):  # which vLLM itself reads, and then asks of each call
+                call += ' -H "Authorization: Bearer $VLLM_API_KEY"'
             data = {"base_url": f"{server.base_url}/v1", "model": called, "directory": str(directory)}
             try:
                 console.result({**data, "call": call, "log": str(log)}, call)

@@ -156,6 +156,21 @@ def test_a_second_ctrl_c_kills_what_does_not_end(
     assert not [pid for pid in started if runs(pid)]
 
 
+def test_the_call_of_a_server_with_a_key_sends_it(
+    raw_checkpoint: Callable[..., Path],
+    vllm: Callable[..., Path],
+    start: Callable[..., subprocess.Popen[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    process = start(str(raw_checkpoint("gemma")), python=vllm())
+    assert process.stdout
+    call = process.stdout.readline()
+    assert call.endswith('-H "Authorization: Bearer $VLLM_API_KEY"\n')
+    assert "sesame" not in call
+    assert interrupt(process)[0] == 0
+
+
 def test_a_closed_terminal_ends_the_server(
     raw_checkpoint: Callable[..., Path], vllm: Callable[..., Path], start: Callable[..., subprocess.Popen[str]]
 ) -> None:
