@@ -11,6 +11,7 @@ Some windows are held out; the scales that did best on them are kept, so more st
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ from gemma_pack.quantization.scheme import quantization_scheme
 from gemma_pack.quantization.tuned_model import load_untuned, must_stream, replace_rounded
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch import Tensor
 
     from gemma_pack.checkpoint import Checkpoint
@@ -80,12 +83,13 @@ def refine_scales(
     streamed = must_stream(checkpoint, recipe, device)
     model = load_untuned(checkpoint, device, streamed=streamed)
     windows = torch.from_numpy(ids).long()
-    loss = _Loss(model, checkpoint, windows, device, ranks)
+    with repeatable_attention(device):
+        loss = _Loss(model, checkpoint, windows, device, ranks)
     modules = replace_rounded(model, journal, quantization_scheme(recipe), device, streamed=streamed)
     tuning = _Tuning(modules, settings)
     held_out = torch.arange(settings.held_out)
     order = settings.held_out + _order(len(windows) - settings.held_out, settings)
-    with reporter.progress("refine scales", settings.steps) as task:
+    with repeatable_attention(device), reporter.progress("refine scales", settings.steps) as task:
         if (state := journal.load("refining")) is not None:
             tuning.restore(state)
         else:
@@ -107,6 +111,17 @@ def refine_scales(
         journal.save("refined-result", {"result": numbers})
     ranks.wait()
     return result
+
+
+def repeatable_attention(device: torch.device) -> AbstractContextManager[None]:
+    """Let torch's SDPA compute the same bits each time.
+
+    On a GPU the way back of its flash and memory-efficient kernels adds up in the order in which blocks finish
+    (`aten/src/ATen/native/transformers/cuda/attention_backward.cu`); its plain one multiplies matrices.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
 class _Loss:

@@ -140,6 +140,14 @@ def test_an_interrupted_refinement_goes_on_and_ends_with_the_same_bytes(
         assert file_sha256(path) == file_sha256(resumed.directory / path.name)
 
 
+@pytest.mark.parametrize(("kind", "fast"), [("cuda", False), ("cpu", True)])
+def test_a_gpu_attends_by_kernels_that_repeat_themselves(kind: str, fast: bool) -> None:
+    backends = torch.backends.cuda
+    with refinement.repeatable_attention(torch.device(kind)):
+        assert (backends.flash_sdp_enabled(), backends.mem_efficient_sdp_enabled()) == (fast, fast)
+        assert backends.math_sdp_enabled()
+
+
 def test_layers_that_stay_in_host_memory_are_tuned_to_the_same_bytes(
     refining_job: Job, tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
