@@ -363,3 +363,14 @@ def test_a_table_without_rows():
 def test_a_ragged_table_is_a_mistake():
     with pytest.raises(ValueError, match="zip"):
         table([["a", "b"], ["c"]])
+
+
+@pytest.mark.parametrize(("terminal", "before"), [(True, "\n"), (False, "")])
+def test_an_interruption_stands_below_the_line_where_a_terminal_shows_it(
+    terminal: bool, before: str, monkeypatch: pytest.MonkeyPatch
+):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    monkeypatch.setenv("NO_COLOR", "1")
+    Console(stderr=stream).interrupted(130)
+    assert stream.getvalue().startswith(f"{before}interrupted; finished stages are kept")
