@@ -98,7 +98,8 @@ class UntouchedProof(_Part):
     """
 
     changed: tuple[str, ...]
-    """Names, in the source, of the tensors that the recipe may change; they were replaced by packed forms."""
+    """Names, in the source, of the tensors that the recipe may change; they were replaced by packed forms,
+    or dropped, as a copy of the tied embedding."""
     untouched: int
     sha256: Sha256
 

@@ -14,8 +14,9 @@ from gemma_pack.disk import held_alone, refuse_existing, require_space, staged_d
 from gemma_pack.errors import GemmaPackError, TextError
 from gemma_pack.gemma import TOWERS, require_supported, spellings
 from gemma_pack.quantization.fitting import ignored_modules, linear_groups, require_divisible
+from gemma_pack.quantization.heads import copied_heads, stored_heads
 from gemma_pack.quantization.layout import variant_tensors
-from gemma_pack.quantization.loader import prove_loadable
+from gemma_pack.quantization.loader import fused_values, prove_loadable, require_servable
 from gemma_pack.quantization.shards import copy_shards, link_shards
 from gemma_pack.quantization.untouched import prove_untouched
 from gemma_pack.recipe import load_recipe
@@ -195,6 +196,7 @@ def _require_fitting(job: Job) -> set[str]:
     require_supported(job.base.config)
     ignored = ignored_modules(job.base, job.recipe)
     require_divisible(job.base, job.recipe, ignored)
+    require_servable(job.base)
     settings, windows = job.recipe.refinement, job.refinement_windows
     if settings and windows and len(windows.ids) <= settings.held_out:
         raise TextError(
@@ -314,9 +316,7 @@ def _assemble(job: Job, rounded: _Rounded, ignored: set[str], staging: Path, rep
     else:
         copy_shards(staging, "quantized", rounded.tensors)
     write_index(staging, [info for path in sorted(staging.glob("*.safetensors")) for info in read_header(path)])
-    towers = [f"re:.*{tower}.*" for tower in TOWERS if any(tower in name for name in base.tensors)]
-    in_bf16 = ["lm_head", *(spelling for name in sorted(ignored) for spelling in spellings(name)), *towers]
-    config = {**base.config, "quantization_config": quantization_config(recipe, in_bf16)}
+    config = {**base.config, "quantization_config": quantization_config(recipe, _left_in_bf16(base, ignored))}
     (staging / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
     (staging / RECIPE_NAME).write_text(job.recipe_text, "utf-8")
     for path in base.companions():
@@ -347,12 +347,21 @@ def _assemble(job: Job, rounded: _Rounded, ignored: set[str], staging: Path, rep
 
 
 def _changed(job: Job, ignored: set[str]) -> set[str]:
-    """Return the tensors of the base that the recipe replaces."""
+    """Return the tensors of the base that the recipe replaces, and copies of the embedding, which are dropped."""
     from gemma_pack.quantization.transforms import norm_of
 
     groups = [group for group in linear_groups(job.base) if group[0] not in ignored]
     norms = [norm_of(group) for group in groups] if job.recipe.smoothing else []
-    return {f"{name}.weight" for group in groups for name in group} | {norm for norm in norms if norm}
+    changed = {f"{name}.weight" for group in groups for name in group} | {norm for norm in norms if norm}
+    return changed | copied_heads(job.base)
+
+
+def _left_in_bf16(base: Checkpoint, ignored: set[str]) -> list[str]:
+    """Return the ignore list of config.json, by every name that a reader may ask for."""
+    heads = {"lm_head", *(name.removesuffix(".weight") for name in stored_heads(base))}
+    linears = ignored | set(map(fused_values, ignored))
+    towers = [f"re:.*{tower}.*" for tower in TOWERS if any(tower in name for name in base.tensors)]
+    return [*sorted(heads), *(spelling for name in sorted(linears) for spelling in spellings(name)), *towers]
 
 
 def _identity(record: Record) -> Mapping[str, object] | None:
