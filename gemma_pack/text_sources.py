@@ -238,7 +238,13 @@ def _hub_commit(spec: _HubSpec, instead: str) -> str:
     """Return the commit that the hub names now for the revision of the dataset."""
     import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     name = spec.name
     page = f"https://huggingface.co/datasets/{name}"
@@ -252,7 +258,24 @@ def _hub_commit(spec: _HubSpec, instead: str) -> str:
         raise TextError(
             f"the hub has no dataset {name}, or it is private", hint=f"see {page}; or use {instead}"
         ) from error
-    except (httpx.HTTPError, HfHubHTTPError, ConnectionError) as error:
+    except RevisionNotFoundError as error:
+        raise TextError(
+            f"the dataset {name} has no revision {spec.revision}", hint=f"see {page}/commits/main"
+        ) from error
+    except HFValidationError as error:
+        raise TextError(
+            f"{name} is no name that the hub gives a dataset", hint=f"check the spelling, or use {instead}"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise AccessError(
+                f"the hub refused access to the dataset {name} ({status})", hint="log in with: hf auth login"
+            ) from error
+        raise TextError(
+            f"the hub answered {status} for the dataset {name}", hint=f"try later, or use {instead}"
+        ) from error
+    except (httpx.HTTPError, ConnectionError) as error:
         raise OfflineError(f"the dataset {name} is out of reach: {error}", hint=f"use {instead}") from error
     if not commit:
         raise TextError(f"the hub names no commit of the dataset {name}", hint=f"use {instead}")

@@ -18,13 +18,23 @@ COMMIT = "d" * 40
 class DatasetHub:
     """A server that publishes `files` as the dataset `name`; a context that gives its address.
 
-    `requests` lists what it was asked; `gated` makes it refuse everything but the dataset's page.
+    `requests` lists what it was asked; `gated` makes it refuse everything but the dataset's page,
+    `refusal` answer all with a status and headers.
     """
 
-    def __init__(self, name: str, files: Mapping[str, bytes], *, gated: bool = False, commit: str = COMMIT) -> None:
+    def __init__(
+        self,
+        name: str,
+        files: Mapping[str, bytes],
+        *,
+        gated: bool = False,
+        refusal: tuple[int, dict[str, str]] | None = None,
+        commit: str = COMMIT,
+    ) -> None:
         self.name = name
         self.files = files
         self.gated = gated
+        self.refusal = refusal
         self.commit = commit
         self.requests: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -60,7 +70,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         hub.requests.append(f"{self.command} {path}")
         api, files = f"/api/datasets/{hub.name}", f"/datasets/{hub.name}/resolve/{hub.commit}/"
-        if hub.gated and path.startswith(api):
+        if hub.refusal:
+            self._send(b"{}", status=hub.refusal[0], **hub.refusal[1])
+        elif hub.gated and path.startswith(api):
             self._send(b"{}", status=403, **{"X-Error-Code": "GatedRepo"})
         elif path == api or path.startswith(f"{api}/revision/"):
             siblings = [{"rfilename": name} for name in hub.files]

@@ -358,6 +358,31 @@ def test_a_gated_dataset_exits_13(load: Callable[..., subprocess.CompletedProces
     assert "is gated" in refused.stdout
 
 
+@pytest.mark.parametrize(
+    ("spec", "answer", "code", "message"),
+    [
+        ("someone/corpus@v9", (404, {"X-Error-Code": "RevisionNotFound"}), 1, "has no revision v9"),
+        ("someone/corpus", (401, {"X-Error-Message": "Invalid credentials in Authorization header"}), 13, "(401)"),
+        ("someone/corpus", (403, {}), 13, "refused access to the dataset someone/corpus (403)"),
+        ("someone/corpus", (418, {}), 1, "the hub answered 418 for the dataset someone/corpus"),
+        ("someone/cor..pus", None, 1, "someone/cor..pus is no name that the hub gives a dataset"),
+        ("someone/corpus.git", None, 1, "someone/corpus.git is no name that the hub gives a dataset"),
+    ],
+)
+def test_a_dataset_that_the_hub_refuses_is_not_taken_for_a_hub_out_of_reach(
+    load: Callable[..., subprocess.CompletedProcess[str]],
+    spec: str,
+    answer: tuple[int, dict[str, str]] | None,
+    code: int,
+    message: str,
+) -> None:
+    with DatasetHub("someone/corpus", {}, refusal=answer) as url:
+        refused = load(url, spec)
+    assert refused.returncode == code, refused.stderr
+    assert message in refused.stdout
+    assert len(refused.stdout.splitlines()) == 1
+
+
 def test_a_hub_that_does_not_answer_exits_14(load: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     with DatasetHub("someone/corpus", {}) as url:
         pass
