@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
 RECORD_NAME: Final = "gemma-pack.json"
+ADAPTER_NAME: Final = "adapter_config.json"
+"""What peft keeps beside an adapter, and what transformers and vLLM then take the directory for."""
+MERGE_FIRST: Final = "merge it into its base first (peft: merge_and_unload), and save that"
 PICKLED_SUFFIXES: Final = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 _WEIGHT_SUFFIXES: Final = frozenset({".gguf", ".h5", ".msgpack", ".onnx", ".safetensors"})
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model")
@@ -51,6 +54,8 @@ class Checkpoint:
                 f"{directory} is an OCI layout, not a checkpoint",
                 hint=f"gemma-pack pull {directory} -o DIR takes the checkpoint out of it",
             )
+        if (directory / ADAPTER_NAME).is_file() and not (directory / "config.json").exists():
+            raise CheckpointError(f"{directory} is a LoRA adapter, not a model", hint=MERGE_FIRST)
         config = read_json(directory / "config.json")
         weight_map = _weight_map(directory)
         tensors: dict[str, TensorInfo] = {}
@@ -91,9 +96,10 @@ class Checkpoint:
     def companions(self) -> list[Path]:
         """Return the files that are neither weights of any format, index nor record, sorted.
 
-        What a trainer leaves beside them, such as an optimizer's state in a pickle, counts as weights.
+        What a trainer leaves beside them, such as an optimizer's state in a pickle, counts as weights, and so does the
+        config of an adapter.
         """
-        skipped, weights = {INDEX_NAME, RECORD_NAME}, PICKLED_SUFFIXES | _WEIGHT_SUFFIXES
+        skipped, weights = {INDEX_NAME, RECORD_NAME, ADAPTER_NAME}, PICKLED_SUFFIXES | _WEIGHT_SUFFIXES
         return sorted(
             path
             for path in self.directory.iterdir()

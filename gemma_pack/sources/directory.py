@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from gemma_pack.checkpoint import INDEX_NAME, Checkpoint
+from gemma_pack.checkpoint import ADAPTER_NAME, INDEX_NAME, MERGE_FIRST, Checkpoint
 from gemma_pack.digests import digest_files
 from gemma_pack.errors import CheckpointError
-from gemma_pack.gemma import require_bfloat16, require_supported
+from gemma_pack.gemma import norm_offset, require_bfloat16, require_supported
 from gemma_pack.record import SourceRecord
 from gemma_pack.sources.files import is_wanted
 from gemma_pack.sources.kept import recorded_source
+from gemma_pack.sources.licences import card_licence
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,6 +33,8 @@ def check_directory(directory: Path, reporter: Reporter) -> SourceRecord:
     require_supported(checkpoint.config)
     require_bf16_tensors(checkpoint)
     checkpoint.require_tokenizer()
+    if (directory / ADAPTER_NAME).is_file():
+        reporter.warn(f"the adapter beside the weights is not applied: {MERGE_FIRST}")
     present = {path.name: path for path in (*checkpoint.shards, *checkpoint.companions())}
     if (directory / INDEX_NAME).exists():
         present[INDEX_NAME] = directory / INDEX_NAME
@@ -43,7 +46,13 @@ def check_directory(directory: Path, reporter: Reporter) -> SourceRecord:
     if recorded:
         reporter.warn(f"the files in {directory} no longer match its gemma-pack.json, so its origin is not recorded")
         files = digest_files((path for name, path in present.items() if is_wanted(name)), "Checking digests", reporter)
-    return SourceRecord(kind="directory", model_id=directory.resolve().name, files=files)
+    own = "gemma" if norm_offset(checkpoint.config) else "apache-2.0"  # of Google's own: Gemma 4 is Apache-2.0
+    return SourceRecord(
+        kind="directory",
+        model_id=directory.resolve().name,
+        files=files,
+        license=card_licence(directory / "README.md") or own,
+    )
 
 
 def require_bf16_tensors(checkpoint: Checkpoint) -> None:

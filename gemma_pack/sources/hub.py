@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import httpx
-from huggingface_hub import HfApi, constants, get_session, hf_hub_url, metadata_load, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, get_session, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -28,7 +28,15 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]  # not in its __all__
 
 from gemma_pack import __version__
-from gemma_pack.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, file_sha256, read_json
+from gemma_pack.checkpoint import (
+    ADAPTER_NAME,
+    INDEX_NAME,
+    MERGE_FIRST,
+    SINGLE_NAME,
+    Checkpoint,
+    file_sha256,
+    read_json,
+)
 from gemma_pack.disk import publish, refuse_existing, require_space
 from gemma_pack.errors import AccessError, CheckpointError, InvalidUsageError, OfflineError, SourceError
 from gemma_pack.gemma import require_supported
@@ -36,6 +44,7 @@ from gemma_pack.record import FileDigest, Record, SourceRecord
 from gemma_pack.sources.directory import require_bf16_tensors
 from gemma_pack.sources.files import is_wanted
 from gemma_pack.sources.kept import cache_directory
+from gemma_pack.sources.licences import card_licence, spelled
 from gemma_pack.sources.transfer import RemoteFile, fetch_files
 
 if TYPE_CHECKING:
@@ -58,6 +67,19 @@ class Snapshot:
     commit: str
     license: str
     files: tuple[RemoteFile, ...]
+    is_adapter: bool = False
+    """The repository has an adapter's config."""
+
+    def require_config(self) -> RemoteFile:
+        """Return config.json; raise SourceError where there is none."""
+        for file in self.files:
+            if file.path == "config.json":
+                return file
+        if self.is_adapter:
+            raise SourceError(f"{self.model_id} is a LoRA adapter, not a model", hint=MERGE_FIRST)
+        raise SourceError(
+            f"{self.model_id} has no config.json", hint="use the repository that holds the transformers checkpoint"
+        )
 
 
 def is_offline() -> bool:
@@ -81,19 +103,29 @@ def look_up(model_id: str, revision: str | None) -> Snapshot:
     files = tuple(
         _remote_file(model_id, info.sha, sibling) for sibling in info.siblings or () if is_wanted(sibling.rfilename)
     )
-    return Snapshot(model_id=model_id, commit=info.sha, license=_license(info), files=files)
+    adapter = any(sibling.rfilename == ADAPTER_NAME for sibling in info.siblings or ())
+    return Snapshot(model_id=model_id, commit=info.sha, license=_license(info), files=files, is_adapter=adapter)
 
 
 def find_cached(model_id: str, revision: str | None) -> Snapshot | None:
     """Return the snapshot as huggingface_hub's cache has it, without the network; None where it has none.
 
-    The cache names each file after the digest that the hub gave, so the files can be checked here too.
+    The cache names each file after the digest that the hub gave, so the files can be checked here too. Where it could
+    make no links, as on some file systems, it has copies under their own names instead.
+
+    Raises:
+        SourceError: the cache has copies, of which nothing can be checked.
     """
     config = try_to_load_from_cache(model_id, "config.json", revision=revision)
     if not isinstance(config, str):
         return None
     directory = Path(config).parent
     names = {path: path.readlink().name for path in directory.iterdir() if path.is_symlink() and is_wanted(path.name)}
+    if Path(config) not in names:
+        raise SourceError(
+            f"huggingface_hub's cache has {model_id} as copies, without the digests to check them by",
+            hint=f"give the directory itself as the model, to be taken as it is: {directory}",
+        )
     files = tuple(
         RemoteFile(
             path=path.name,
@@ -106,10 +138,12 @@ def find_cached(model_id: str, revision: str | None) -> Snapshot | None:
         for path, digest in sorted(names.items())
         if _BLOB_NAME.fullmatch(digest) and path.exists()
     )
-    readme = directory / "README.md"
-    card = (metadata_load(readme) if readme.exists() else None) or {}
-    license_name = _spelled(card.get("license"), card.get("license_name"))
-    return Snapshot(model_id=model_id, commit=directory.name, license=license_name, files=files)
+    return Snapshot(
+        model_id=model_id,
+        commit=directory.name,
+        license=card_licence(directory / "README.md") or "unknown",
+        files=files,
+    )
 
 
 def fetch_snapshot(snapshot: Snapshot, target: Path, reporter: Reporter) -> SourceRecord:
@@ -147,13 +181,9 @@ def fetch_snapshot(snapshot: Snapshot, target: Path, reporter: Reporter) -> Sour
 def _fill(snapshot: Snapshot, staging: Path, reporter: Reporter) -> SourceRecord:
     """Bring all files of the snapshot into `staging`, the telling ones first, and check what they make up."""
     small = [file for file in snapshot.files if not file.path.endswith(".safetensors")]
-    config = [file for file in small if file.path == "config.json"]
-    if not config:
-        raise SourceError(
-            f"{snapshot.model_id} has no config.json", hint="use the repository that holds the transformers checkpoint"
-        )
+    config = snapshot.require_config()
     with translated_errors(snapshot.model_id, snapshot.commit):
-        _bring("config.json", config, staging, reporter)
+        _bring("config.json", [config], staging, reporter)
         require_supported(read_json(staging / "config.json"))  # before gigabytes are fetched
         _bring("tokenizer", small, staging, reporter)
         weights = _weights(snapshot, staging)
@@ -197,17 +227,24 @@ def _weights(snapshot: Snapshot, staging: Path) -> list[RemoteFile]:
     if not isinstance(weight_map, dict):
         raise SourceError(f"{INDEX_NAME} of {snapshot.model_id} has no weight_map")
     names = sorted(set(map(str, weight_map.values())))
-    missing = [name for name in names if name not in available]
-    if missing and not all(file.url for file in snapshot.files):
-        raise OfflineError(
-            f"{missing[0]} of {snapshot.model_id} is not on this machine", hint="run the same command with the network"
-        )
-    if missing:
-        raise SourceError(
-            f"{snapshot.model_id} has no {missing[0]} at {snapshot.commit}",
-            hint="only safetensors are read; pickled .bin weights are refused because loading them runs their code",
-        )
+    require_files(snapshot, names)
     return [available[name] for name in names]
+
+
+def require_files(snapshot: Snapshot, names: Sequence[str]) -> None:
+    """Raise where the snapshot lacks one of the safetensors: OfflineError where it is the library's cache that does."""
+    there = {file.path for file in snapshot.files}
+    missing = next((name for name in names if name not in there or not name.endswith(".safetensors")), None)
+    if missing is None:
+        return
+    if not all(file.url for file in snapshot.files):
+        raise OfflineError(
+            f"{missing} of {snapshot.model_id} is not on this machine", hint="run the same command with the network"
+        )
+    raise SourceError(
+        f"{snapshot.model_id} has no {missing} at {snapshot.commit}",
+        hint="only safetensors are read; pickled .bin weights are refused because loading them runs their code",
+    )
 
 
 def _remote_file(model_id: str, commit: str, sibling: RepoSibling) -> RemoteFile:
@@ -234,14 +271,7 @@ def _endpoint() -> str:
 
 def _license(info: ModelInfo) -> str:
     card = info.card_data
-    return _spelled(card.get("license"), card.get("license_name")) if card else "unknown"
-
-
-def _spelled(name: object, other_name: object) -> str:
-    """Spell the licence of a model card, whose `other` stands for `license_name`."""
-    if name == "other" and other_name:
-        return str(other_name)
-    return ", ".join(map(str, name)) if isinstance(name, list) else str(name or "unknown")
+    return (spelled(card.get("license"), card.get("license_name")) if card else None) or "unknown"
 
 
 @contextmanager

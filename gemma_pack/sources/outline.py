@@ -158,26 +158,19 @@ def _on_hub(model_id: str, revision: str | None, *, offline: bool) -> Outline:
 
 def _of_snapshot(snapshot: Snapshot) -> Outline:
     """Read config, index and headers of a snapshot, from the library's cache or by requests for their first bytes."""
-    from gemma_pack.sources.hub import translated_errors
+    from gemma_pack.sources.hub import require_files, translated_errors
 
     files = {file.path: file for file in snapshot.files}
-    if "config.json" not in files:
-        raise SourceError(
-            f"{snapshot.model_id} has no config.json", hint="use the repository that holds the transformers checkpoint"
-        )
+    described = snapshot.require_config()
     with translated_errors(snapshot.model_id, snapshot.commit):
-        config = json.loads(_whole(files["config.json"]))
+        config = json.loads(_whole(described))
         weight_map: Any = {"": SINGLE_NAME}
         if INDEX_NAME in files:
             weight_map = _object(json.loads(_whole(files[INDEX_NAME]))).get("weight_map")
         if not isinstance(weight_map, dict):
             raise SourceError(f"{INDEX_NAME} of {snapshot.model_id} has no weight_map", hint="use another revision")
         names = set(map(str, weight_map.values()))
-        if missing := sorted(names - files.keys()):
-            raise SourceError(
-                f"{snapshot.model_id} has no {missing[0]} at {snapshot.commit}",
-                hint="only safetensors are read; pickled .bin weights are refused because loading them runs their code",
-            )
+        require_files(snapshot, sorted(names))
         tensors = {info.name: info for name in sorted(names) for info in _header(files[name])}
     wanted = [file for file in snapshot.files if file.path in names or not file.path.endswith(".safetensors")]
     return Outline(

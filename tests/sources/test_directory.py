@@ -12,6 +12,7 @@ from gemma_pack.errors import CheckpointError
 from gemma_pack.record import Record
 from gemma_pack.safetensors_file import write_safetensors
 from gemma_pack.sources.directory import check_directory
+from gemma_pack.sources.outline import outline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,6 +63,43 @@ def test_a_record_is_not_believed_after_a_byte_changed(copy: Path, capsys: pytes
     assert found.kind == "directory"
     assert {file.path for file in found.files} == {file.path for file in source.files}
     assert "no longer match" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "card", "licence"),
+    [
+        ("gemma3_text", None, "gemma"),
+        ("gemma2", "---\nlicense: mit\n---\n# x\n", "mit"),
+        ("gemma3_text", "---\nlicense: other\nlicense_name: mine\n---\n# x\n", "mine"),
+        ("gemma3_text", "---\nlicense: [gemma\n---\n# x\n", "gemma"),
+        ("gemma4_text", None, "apache-2.0"),
+        ("gemma4", "---\ntags: [x]\n---\n# x\n", "apache-2.0"),
+        ("gemma4_unified", "---\nlicense: gemma\n---\n# x\n", "gemma"),
+    ],
+)
+def test_the_licence_is_the_cards_else_that_of_the_family(
+    tiny_checkpoints: Callable[[Family], Path], tmp_path: Path, family: Family, card: str | None, licence: str
+):
+    directory = shutil.copytree(tiny_checkpoints(family), tmp_path / "mine")
+    if card:
+        (directory / "README.md").write_text(card)
+    assert check(directory).license == licence
+
+
+def test_an_adapter_beside_the_weights_is_not_applied(copy: Path, capsys: pytest.CaptureFixture[str]):
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    check_directory(copy, Console("quiet"))
+    assert "the adapter beside the weights is not applied: merge it into its base first" in capsys.readouterr().err
+    assert "adapter_config.json" not in {path.name for path in Checkpoint.open(copy).companions()}
+
+
+def test_an_adapter_alone_is_no_model(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x" * 100)
+    for look in (check, lambda directory: outline(str(directory))):
+        with pytest.raises(CheckpointError, match="is a LoRA adapter, not a model") as caught:
+            look(tmp_path)
+        assert "merge_and_unload" in (caught.value.hint or "")
 
 
 def test_a_directory_without_a_tokenizer_is_refused(copy: Path):

@@ -23,6 +23,7 @@ from gemma_pack.errors import (
 from gemma_pack.record import require_record
 from gemma_pack.safetensors_file import read_header
 from gemma_pack.sources import Source, obtain
+from gemma_pack.sources.outline import outline
 from tests.sources.conftest import MODEL
 from tests.sources.hub_server import TOKEN
 
@@ -313,6 +314,53 @@ def test_a_library_cache_without_the_weights_is_not_enough_offline(hub: Hub, tmp
     (tmp_path / "hf" / "models--google--tiny-gemma" / "snapshots" / hub.commits[MODEL] / SINGLE_NAME).unlink()
     with pytest.raises(OfflineError, match=SINGLE_NAME):
         get(tmp_path / "out", offline=True)
+
+
+def copied_cache(hub: Hub, directory: Path) -> Path:
+    """Fill the library's cache as on a file system without links, and return the snapshot's directory."""
+    blobs = fill_library_cache(hub, directory)
+    snapshot = blobs.parent / "snapshots" / hub.commits[MODEL]
+    for path in list(snapshot.iterdir()):
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data)
+    return snapshot
+
+
+def test_a_library_cache_of_copies_is_named_since_nothing_in_it_can_be_checked(hub: Hub, tmp_path: Path):
+    snapshot = copied_cache(hub, tmp_path / "hf")
+    for look in (lambda: get(tmp_path / "out", offline=True), lambda: outline(MODEL, offline=True)):
+        with pytest.raises(SourceError, match="as copies, without the digests to check them by") as caught:
+            look()
+        assert str(snapshot) in (caught.value.hint or "")
+    assert get(model=str(snapshot), offline=True).directory == snapshot
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        b"---\nlicense: [gemma\n---\n# x\n",
+        b"---\n- a\n- b\n---\n# x\n",
+        b"---\nlicense: gemma\n---\nM\xfcller\n",
+        b"---\nlicense: gemma\ntags: *x\n---\n",
+    ],
+    ids=["yaml", "list", "latin-1", "alias"],
+)
+def test_a_card_that_only_people_can_read_names_no_licence(hub: Hub, tmp_path: Path, card: bytes):
+    hub.add(MODEL, hub.models[MODEL] | {"README.md": card})
+    fill_library_cache(hub, tmp_path / "hf")
+    assert outline(MODEL, offline=True).revision == hub.commits[MODEL]
+    assert get(tmp_path / "out", offline=True).record.license == "unknown"
+
+
+def test_an_adapter_is_no_model(hub: Hub, tmp_path: Path):
+    hub.add("me/lora", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x" * 20_000})
+    for look in (lambda: get(tmp_path / "out", model="me/lora"), lambda: outline("me/lora")):
+        with pytest.raises(SourceError, match="me/lora is a LoRA adapter, not a model") as caught:
+            look()
+        assert "merge_and_unload" in (caught.value.hint or "")
+    assert content_requests(hub) == []
 
 
 @pytest.mark.parametrize(

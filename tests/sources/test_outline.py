@@ -14,6 +14,7 @@ from gemma_pack.safetensors_file import read_header, write_safetensors
 from gemma_pack.sources import obtain, outline
 from tests.sources.conftest import MODEL
 from tests.sources.hub_server import TOKEN
+from tests.sources.test_hub import fill_library_cache
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,6 +81,14 @@ def test_what_was_fetched_is_read_from_disk(hub: Hub) -> None:
         assert found.revision == hub.commits[MODEL]
         assert set(found.digests) == {SINGLE_NAME}
     assert len(hub.requests) - before == 1  # of the two, the second asks what the commit is
+
+
+def test_a_library_cache_without_the_weights_is_not_enough_offline(hub: Hub, tmp_path: Path) -> None:
+    blobs = fill_library_cache(hub, tmp_path / "hf")
+    (blobs.parent / "snapshots" / hub.commits[MODEL] / SINGLE_NAME).unlink()
+    with pytest.raises(OfflineError, match=f"{SINGLE_NAME} of {MODEL} is not on this machine") as caught:
+        outline.outline(MODEL, offline=True)
+    assert caught.value.exit_code == 14
 
 
 def test_a_gated_model_asks_for_the_licence(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
