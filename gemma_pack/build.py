@@ -201,10 +201,12 @@ def _refinement_text(calibration: Calibration, recipe: Recipe) -> Calibration:
 
 
 def default_stem(model: str) -> str:
-    """Return the name that outputs begin with: the last part of a hub id or path."""
+    """Return the name that outputs begin with: the last part of a hub id or path, or the id of what the path holds."""
+    from gemma_pack.sources.kept import called
+
     if model == "demo":
         return "gemma-3-270m"
-    return Path(model).resolve().name if Path(model).is_dir() else Path(model).name
+    return called(Path(model))[0].rpartition("/")[2] if Path(model).is_dir() else Path(model).name
 
 
 def resolve_device(device: str) -> str:

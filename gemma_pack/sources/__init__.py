@@ -37,6 +37,7 @@ def obtain(model: str, *, revision: str | None, output: Path | None, offline: bo
         CheckpointError: the weights are damaged, not a supported Gemma, or not bf16.
         SourceError, MachineError, AccessError, OfflineError: see the sources.
     """
+    refuse_file(model)
     is_directory = bool(model) and Path(model).is_dir()
     is_hub = model != DEMO and not is_directory and is_hub_id(model)
     if revision is not None and not is_hub:
@@ -57,6 +58,14 @@ def obtain(model: str, *, revision: str | None, output: Path | None, offline: bo
         f"{model or repr(model)} is neither demo, nor an existing directory, nor a hub id",
         hint="a hub id looks like google/gemma-2-9b-it",
     )
+
+
+def refuse_file(model: str) -> None:
+    """Raise InvalidUsageError where `model` is a file; one that lies a directory below would pass for a hub id."""
+    if model != DEMO and Path(model).is_file():
+        raise InvalidUsageError(
+            f"{model} is a file", hint="pass the directory of a safetensors checkpoint; GGUF is not read"
+        )
 
 
 def is_hub_id(model: str) -> bool:

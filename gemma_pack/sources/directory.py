@@ -11,7 +11,7 @@ from gemma_pack.errors import CheckpointError
 from gemma_pack.gemma import norm_offset, require_bfloat16, require_supported
 from gemma_pack.record import SourceRecord
 from gemma_pack.sources.files import is_wanted
-from gemma_pack.sources.kept import recorded_source
+from gemma_pack.sources.kept import called, recorded_source
 from gemma_pack.sources.licences import card_licence
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def check_directory(directory: Path, reporter: Reporter) -> SourceRecord:
     """Check that `directory` holds a whole bf16 Gemma, and return where it came from.
 
     A gemma-pack.json in it is believed as far as its digests still match the files; without one, the source is the
-    directory itself.
+    directory itself, by the name that huggingface_hub's cache gives it where it lies there.
 
     Raises:
         CheckpointError: damaged, incomplete, not a Gemma, quantized already, or not bf16.
@@ -46,10 +46,12 @@ def check_directory(directory: Path, reporter: Reporter) -> SourceRecord:
     if recorded:
         reporter.warn(f"the files in {directory} no longer match its gemma-pack.json, so its origin is not recorded")
         files = digest_files((path for name, path in present.items() if is_wanted(name)), "Checking digests", reporter)
+    model_id, commit = called(directory)
     own = "gemma" if norm_offset(checkpoint.config) else "apache-2.0"  # of Google's own: Gemma 4 is Apache-2.0
     return SourceRecord(
         kind="directory",
-        model_id=directory.resolve().name,
+        model_id=model_id,
+        revision=commit,
         files=files,
         license=card_licence(directory / "README.md") or own,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     from gemma_pack.console import Reporter
     from gemma_pack.record import SourceRecord
 
-__all__ = ["Source", "cache_directory", "find_kept", "keep", "recorded_source"]
+__all__ = ["Source", "cache_directory", "called", "find_kept", "keep", "recorded_source"]
+
+_IN_LIBRARY_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})")
+"""How huggingface_hub's cache lays out a model (its `repo_folder_name`); no id has two hyphens in a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,14 @@ class Source:
     record: SourceRecord
     fetched: bool
     """False where it was there already."""
+
+
+def called(directory: Path) -> tuple[str, str | None]:
+    """Return what a model in a directory is called, and its commit, if it lies in huggingface_hub's cache."""
+    resolved = directory.resolve()
+    if match := _IN_LIBRARY_CACHE.fullmatch("/".join(resolved.parts[-3:])):
+        return f"{match[1]}/{match[2]}", match[3]
+    return resolved.name, None
 
 
 def recorded_source(directory: Path) -> SourceRecord | None:

@@ -18,8 +18,8 @@ from gemma_pack.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from gemma_pack.errors import CheckpointError, InvalidUsageError, OfflineError, SourceError
 from gemma_pack.gemma import decoder_linears, decoder_number, require_supported
 from gemma_pack.safetensors_file import LENGTH_BYTES, TensorInfo, header_bytes, parse_header
-from gemma_pack.sources import DEMO, is_hub_id
-from gemma_pack.sources.kept import cache_directory, find_kept
+from gemma_pack.sources import DEMO, is_hub_id, refuse_file
+from gemma_pack.sources.kept import cache_directory, called, find_kept
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,10 +62,12 @@ def outline(model: str, *, revision: str | None = None, offline: bool = False) -
         CheckpointError: not a supported Gemma in bf16, or headers that disagree.
         SourceError, AccessError, OfflineError: see the hub.
     """
+    refuse_file(model)
     if model == DEMO:
         found = _demo()
     elif Path(model).is_dir():
-        found = _on_disk(Path(model), Path(model).resolve().name, revision=None)
+        name, commit = called(Path(model))
+        found = _on_disk(Path(model), name, revision=commit)
     elif is_hub_id(model):
         found = _on_hub(model, revision, offline=offline)
     else:

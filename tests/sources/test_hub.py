@@ -333,7 +333,8 @@ def test_a_library_cache_of_copies_is_named_since_nothing_in_it_can_be_checked(h
         with pytest.raises(SourceError, match="as copies, without the digests to check them by") as caught:
             look()
         assert str(snapshot) in (caught.value.hint or "")
-    assert get(model=str(snapshot), offline=True).directory == snapshot
+    source = get(model=str(snapshot), offline=True)
+    assert (source.record.model_id, source.record.revision) == (MODEL, hub.commits[MODEL])
     assert hub.requests == []
 
 

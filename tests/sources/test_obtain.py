@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,10 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from gemma_pack.build import default_stem
 from gemma_pack.console import Console
 from gemma_pack.errors import InvalidUsageError, MachineError
 from gemma_pack.record import FileDigest, Record, SourceRecord
 from gemma_pack.sources import cache_directory, default_output, demo, obtain
+from gemma_pack.sources.outline import outline
 
 if TYPE_CHECKING:
     from gemma_pack.console import Reporter
@@ -43,6 +46,35 @@ def get(model: str, *, revision: str | None = None, output: Path | None = None):
 def test_what_is_no_model_is_a_usage_error(model: str):
     with pytest.raises(InvalidUsageError, match="neither demo, nor an existing directory, nor a hub id"):
         get(model)
+
+
+def test_a_file_is_no_model_and_not_taken_for_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "gemma-3-4b-it-Q4_K_M.gguf").write_bytes(b"GGUF")
+    model = "models/gemma-3-4b-it-Q4_K_M.gguf"
+    for look in (lambda: get(model), lambda: outline(model, offline=True)):
+        with pytest.raises(InvalidUsageError, match=f"{model} is a file") as caught:
+            look()
+        assert "GGUF is not read" in (caught.value.hint or "")
+
+
+def test_demo_is_demo_beside_a_file_of_that_name(
+    small_demo: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").write_text("a note")
+    assert get("demo").directory == small_demo[0]
+
+
+def test_a_directory_of_the_library_cache_goes_by_the_models_id(tiny_checkpoint: Path, tmp_path: Path):
+    commit = "0123456789" * 4
+    snapshot = tmp_path / "models--google--tiny-gemma" / "snapshots" / commit
+    shutil.copytree(tiny_checkpoint, snapshot)
+    record = get(str(snapshot)).record
+    assert (record.kind, record.model_id, record.revision) == ("directory", "google/tiny-gemma", commit)
+    assert default_stem(str(snapshot)) == "tiny-gemma"
+    assert default_stem(str(snapshot.parent)) == "snapshots"
 
 
 def test_a_directory_is_used_in_place(tiny_checkpoint: Path, tmp_path: Path):

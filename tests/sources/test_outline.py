@@ -91,6 +91,12 @@ def test_a_library_cache_without_the_weights_is_not_enough_offline(hub: Hub, tmp
     assert caught.value.exit_code == 14
 
 
+def test_a_directory_of_the_library_cache_goes_by_the_models_id(hub: Hub, tmp_path: Path) -> None:
+    commit = hub.commits[MODEL]
+    found = outline.outline(str(fill_library_cache(hub, tmp_path / "hf").parent / "snapshots" / commit))
+    assert (found.model_id, found.revision, found.fetch_bytes) == (MODEL, commit, 0)
+
+
 def test_a_gated_model_asks_for_the_licence(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.gated.add(MODEL)
     with pytest.raises(AccessError):
