@@ -6,6 +6,7 @@ holds already. Only safetensors, config, tokenizer and licence files are fetched
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
@@ -163,7 +164,7 @@ def fetch_snapshot(snapshot: Snapshot, target: Path, reporter: Reporter) -> Sour
     lock.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
         refuse_existing(target)
-        staging = target.absolute().parent / f".{target.name}.partial-{snapshot.commit[:12]}"
+        staging = target.absolute().parent / f".{target.name}.download-{snapshot.commit[:12]}"
         staging.mkdir(parents=True, exist_ok=True)
         try:
             record = _fill(snapshot, staging, reporter)
@@ -175,6 +176,8 @@ def fetch_snapshot(snapshot: Snapshot, target: Path, reporter: Reporter) -> Sour
                 staging.rmdir()
             raise
         publish(staging, target)
+        for left in target.absolute().parent.glob(f".{glob.escape(target.name)}.download-{'[0-9a-f]' * 12}"):
+            shutil.rmtree(left, ignore_errors=True)  # of other commits, which nobody goes on with now
     return record
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from gemma_pack.checkpoint import SINGLE_NAME, Checkpoint, write_index
 from gemma_pack.console import Console
+from gemma_pack.disk import staged_directory
 from gemma_pack.errors import (
     AccessError,
     CheckpointError,
@@ -364,6 +365,32 @@ def test_an_adapter_is_no_model(hub: Hub, tmp_path: Path):
     assert content_requests(hub) == []
 
 
+def test_what_came_is_left_alone_by_others_that_make_the_same_directory(hub: Hub, tmp_path: Path):
+    hub.cut_after[SINGLE_NAME] = [100_000, *[0] * 9]
+    with pytest.raises(SourceError, match="connection broke"):
+        get(tmp_path / "out")
+    with staged_directory(tmp_path / "out"):
+        pass
+    (tmp_path / "out").rmdir()
+    hub.cut_after.clear()
+    hub.requests.clear()
+    get(tmp_path / "out")
+    assert [request.headers.get("range") for request in hub.fetched(SINGLE_NAME)] == ["bytes=100000-"]
+
+
+def test_what_came_of_another_commit_goes_when_the_directory_is_there(hub: Hub, tmp_path: Path):
+    hub.cut_after[SINGLE_NAME] = [100_000, *[0] * 9]
+    with pytest.raises(SourceError, match="connection broke"):
+        get(tmp_path / "out")
+    hub.cut_after.clear()
+    mine = tmp_path / ".out.download-notes"
+    mine.mkdir()
+    assert len(list(tmp_path.glob(".out.download-*"))) == 2
+    hub.add(MODEL, hub.models[MODEL] | {"README.md": b"# Newer\n"})
+    get(tmp_path / "out")
+    assert list(tmp_path.glob(".out.*")) == [mine]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"model_type": "llama"}, "not a Gemma"), ({"dtype": "float16"}, "float16"), ({"dtype": "float32"}, "float32")],
@@ -377,7 +404,7 @@ def test_what_cannot_be_quantized_is_refused_before_the_weights(
     with pytest.raises(CheckpointError, match=message):
         get(tmp_path / "out")
     assert [Path(path).name for path in content_requests(hub)] == ["config.json"]
-    assert [path for path in tmp_path.iterdir() if "partial" in path.name] == []
+    assert [path for path in tmp_path.iterdir() if "download" in path.name] == []
 
 
 def test_only_the_shards_that_the_index_names_are_fetched(hub: Hub, tmp_path: Path, tiny_checkpoint: Path):
