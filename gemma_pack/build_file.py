@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -51,6 +52,10 @@ class ValidationPart(_Part):
     """An undecided verdict takes more windows, once."""
 
 
+_PLATFORM: Final = re.compile(r"[a-z0-9_.-]+(/[a-z0-9_.-]+){1,2}")
+"""As packaging reads it; with a variant of the architecture, or without."""
+
+
 class PackagePart(_Part):
     """As what the variants are packed, what lies under a modelcar's weights, and for which platforms."""
 
@@ -61,10 +66,9 @@ class PackagePart(_Part):
     @field_validator("platforms")
     @classmethod
     def _require_platforms(cls, platforms: tuple[str, ...]) -> tuple[str, ...]:
-        from gemma_pack.oci.manifest import Platform
-
         for text in platforms:
-            Platform.parse(text)
+            if not _PLATFORM.fullmatch(text):
+                raise ValueError(f"{text!r} is not os/architecture, such as linux/amd64")
         return platforms
 
 
