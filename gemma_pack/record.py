@@ -51,7 +51,8 @@ class SourceRecord(_Part):
 
     kind: Literal["hub", "directory", "demo"]
     model_id: str
-    """The hub id; for a directory its name; for the demo model the hub id of the model it was converted from."""
+    """The hub id; for a directory its name, or the hub id under which huggingface_hub's cache keeps it;
+    for the demo model the hub id of the model it was converted from."""
     revision: str | None = None
     """The hub commit, 40 hex digits; None where there is none."""
     files: tuple[FileDigest, ...]
