@@ -258,10 +258,13 @@ def _tag(client: RegistryClient, manifests: Sequence[Document]) -> str:
     target = reference.tag or reference.target
     if target == root.digest:
         return root.digest
-    named = client.find_manifest(target)
-    if named and named.descriptor.digest == root.digest:
-        return root.digest  # where tags are fixed (Harbor, ECR), even the same image under its own tag is refused
-    return client.put_manifest(target, manifests[-1].data, root.media_type)
+    try:
+        return client.put_manifest(target, manifests[-1].data, root.media_type)
+    except AnswerError as error:  # where tags are fixed (Harbor, ECR), even the same image under its own tag is refused
+        named = client.find_manifest(target) if 400 <= error.status < 500 else None
+        if named and named.descriptor.digest == root.digest:
+            return root.digest
+        raise
 
 
 def _require_named(reference: Reference, root: Descriptor) -> None:
